@@ -1,0 +1,269 @@
+"""What travels between the folders: frozen dataclasses and the protocols that a model satisfies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from atlasvi_kernels import CSR, counter_normal, counter_uniform
+
+
+@dataclass(frozen=True, slots=True)
+class FieldMap:
+    """What a model was told about its data, resolved once: only codes travel after this.
+
+    Args:
+        var_names: names of the model's genes, in the order of its weights.
+        layer: where the counts are (``None`` for ``X``, a layer's name, or ``"raw"``).
+        batch_key: column of obs with the batch, or ``None`` (one batch).
+        batch_categories: its levels, in the order of their codes.
+        labels_key: column of obs with labels (for ``dispersion="gene-label"``), or ``None``.
+        labels_categories: its levels, in the order of their codes.
+        size_factor_key: column of obs with a size factor per cell, or ``None``.
+        categorical_covariate_keys: further columns with levels.
+        categorical_covariate_categories: their levels, column by column.
+        continuous_covariate_keys: further columns with numbers.
+        gene_mask: name of the boolean column of var that chose the genes, if one did.
+    """
+
+    var_names: tuple[str, ...]
+    layer: str | None = None
+    batch_key: str | None = None
+    batch_categories: tuple[str, ...] = ("0",)
+    labels_key: str | None = None
+    labels_categories: tuple[str, ...] = ("0",)
+    size_factor_key: str | None = None
+    categorical_covariate_keys: tuple[str, ...] = ()
+    categorical_covariate_categories: tuple[tuple[str, ...], ...] = ()
+    continuous_covariate_keys: tuple[str, ...] = ()
+    gene_mask: str | None = None
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return len(self.var_names)
+
+    @property
+    def n_batch(self) -> int:
+        """Number of batches."""
+        return len(self.batch_categories)
+
+    @property
+    def n_labels(self) -> int:
+        """Number of labels."""
+        return len(self.labels_categories)
+
+    @property
+    def n_levels(self) -> tuple[int, ...]:
+        """Number of levels of each further categorical covariate."""
+        return tuple(len(levels) for levels in self.categorical_covariate_categories)
+
+    def to_json(self) -> str:
+        """As JSON text, stable from run to run."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FieldMap:
+        """The inverse of `to_json`."""
+        raw: dict[str, Any] = json.loads(text)
+        raw["categorical_covariate_categories"] = tuple(
+            tuple(levels) for levels in raw["categorical_covariate_categories"]
+        )
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Random numbers that belong to cells: a draw depends on (seed, step, cell, stream) and nothing else.
+
+    So neither the cutting into minibatches, nor resumption, nor the number of readers changes a result.
+
+    Args:
+        seed: of the run.
+        step: number of the training step, or of the posterior sample.
+        rows: ``(B,)`` int64, the cells' numbers in the atlas.
+    """
+
+    seed: int
+    step: int
+    rows: torch.Tensor
+
+    def normal(self, n: int, stream: int) -> torch.Tensor:
+        """``(B, n)`` float32 standard normal draws; ``stream`` tells apart the uses within a step."""
+        return counter_normal(self.seed, self.step, stream, self.rows, n)
+
+    def uniform(self, n: int, stream: int) -> torch.Tensor:
+        """``(B, n)`` float32 draws from (0, 1)."""
+        return counter_uniform(self.seed, self.step, stream, self.rows, n)
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Some cells, ready for a model: sparse counts of the model's genes, and codes.
+
+    Args:
+        counts: (B x G) `CSR`.
+        rows: ``(B,)`` int64, the cells' numbers in the atlas.
+        batch_index: ``(B,)`` int64.
+        labels: ``(B,)`` int64.
+        cat_covs: ``(B, n_cat)`` int64.
+        cont_covs: ``(B, n_cont)`` float32.
+        size_factor: ``(B,)`` float32, or ``None`` where none was registered.
+    """
+
+    counts: CSR
+    rows: torch.Tensor
+    batch_index: torch.Tensor
+    labels: torch.Tensor
+    cat_covs: torch.Tensor
+    cont_covs: torch.Tensor
+    size_factor: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.counts.n_obs
+
+    def pin_memory(self) -> Minibatch:
+        """The same in page-locked memory."""
+        return self._map(lambda t: t.pin_memory())
+
+    def to(self, device: torch.device | str) -> Minibatch:
+        """The same on another device. The only place where cells cross devices."""
+        if torch.device(device) == self.rows.device:
+            return self
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def _map(self, move: Any) -> Minibatch:
+        return Minibatch(
+            move(self.counts),
+            move(self.rows),
+            move(self.batch_index),
+            move(self.labels),
+            move(self.cat_covs),
+            move(self.cont_covs),
+            None if self.size_factor is None else move(self.size_factor),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """A diagonal normal q(.|x): means and scales of B cells.
+
+    Args:
+        loc: ``(B, n)`` float32, means.
+        scale: ``(B, n)`` float32, standard deviations, > 0.
+    """
+
+    loc: torch.Tensor
+    scale: torch.Tensor
+
+    def rsample(self, epsilon: torch.Tensor) -> torch.Tensor:
+        """A draw, differentiable in mean and scale, from standard normal ``epsilon`` of the same shape."""
+        return self.loc + self.scale * epsilon
+
+    def kl_divergence(self, loc: torch.Tensor | float = 0.0, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """``(B,)`` KL(q || N(loc, scale^2)) in nats, summed over dimensions."""
+        scale = torch.as_tensor(scale, dtype=self.loc.dtype, device=self.loc.device)
+        ratio = (self.scale / scale).square()
+        shift = ((self.loc - loc) / scale).square()
+        return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """The parts of the negative ELBO, cell by cell, in nats.
+
+    Args:
+        total: scalar to minimise: the mean over cells, with the KL weights of the step.
+        reconstruction: ``(B,)``, -log p(x | z, l), without gradient.
+        kl_z: ``(B,)``, KL(q(z|x) || p(z)), without gradient.
+        kl_library: ``(B,)``, KL of the latent library size (0 where it is observed), without gradient.
+    """
+
+    total: torch.Tensor
+    reconstruction: torch.Tensor
+    kl_z: torch.Tensor
+    kl_library: torch.Tensor
+
+    @property
+    def elbo(self) -> torch.Tensor:
+        """``(B,)`` the *negative* ELBO at full KL weight, as scvi-tools reports it: lower is better."""
+        return self.reconstruction + self.kl_z + self.kl_library
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """What the schedule says of one step."""
+
+    kl: float = 1.0
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """A module that `train.fit` can train."""
+
+    def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights = ...) -> LossTerms:
+        """The loss of one minibatch."""
+        ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A module that `infer.latent` can ask for q(z | x)."""
+
+    def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
+        """The posterior of the latent."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """A module that `infer.decode` can ask for rho."""
+
+    def decode_log_rho(
+        self, z: torch.Tensor, minibatch: Minibatch, genes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(B, len(genes))`` log of the normalised expression, normalised over *all* genes."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A matrix of counts with names, wherever it lives: the one interface of ingest and of `Atlas`.
+
+    Columns of obs and var are read when asked for, so that what is not used costs nothing.
+    """
+
+    @property
+    def name(self) -> str:
+        """How a person would call it: a path, or ``AnnData``."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``, from any thread."""
+        ...
+
+
+Minibatches = Iterator[Minibatch]
+
+__all__ = [
+    "CSR",
+    "Decodes",
+    "Encodes",
+    "FieldMap",
+    "LossTerms",
+    "Minibatch",
+    "Minibatches",
+    "Noise",
+    "Posterior",
+    "Source",
+    "StepWeights",
+    "Trains",
+]

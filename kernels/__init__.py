@@ -1,0 +1,20 @@
+"""Fused operations on sparse counts, usable on their own: nothing here imports atlasvi.
+
+Example:
+    >>> import torch, atlasvi_kernels as ak
+    >>> counts = ak.CSR.from_torch(torch.tensor([[0.0, 3.0, 1.0]]))
+    >>> ak.count_log_likelihood(counts, torch.zeros(1, 3), torch.tensor([4.0]), torch.ones(3),
+    ...                         likelihood="nb").shape
+    torch.Size([1])
+"""
+
+if __name__ != "atlasvi_kernels":
+    # From the repository root `import kernels` would find this folder too, as a second copy.
+    raise ImportError("this folder is imported as atlasvi_kernels; install the project: pip install -e .")
+
+from .count_ll import count_log_likelihood
+from .csr import CSR
+from .csr_linear import csr_linear
+from .noise import counter_normal, counter_uniform
+
+__all__ = ["CSR", "count_log_likelihood", "counter_normal", "counter_uniform", "csr_linear"]
