@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -229,30 +228,6 @@ class Decodes(Protocol):
         ...
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A matrix of counts with names, wherever it lives: the one interface of ingest and of `Atlas`.
-
-    Columns of obs and var are read when asked for, so that what is not used costs nothing.
-    """
-
-    @property
-    def name(self) -> str:
-        """How a person would call it: a path, or ``AnnData``."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n_obs, n_vars)``."""
-        ...
-
-    def read_rows(self, start: int, stop: int) -> CSR:
-        """Rows ``start`` to ``stop``, from any thread."""
-        ...
-
-
-Minibatches = Iterator[Minibatch]
-
 __all__ = [
     "CSR",
     "Decodes",
@@ -260,10 +235,8 @@ __all__ = [
     "FieldMap",
     "LossTerms",
     "Minibatch",
-    "Minibatches",
     "Noise",
     "Posterior",
-    "Source",
     "StepWeights",
     "Trains",
 ]

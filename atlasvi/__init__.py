@@ -1,0 +1,37 @@
+"""atlasvi: probabilistic models of single-cell counts, for atlases that do not fit in memory."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atlasvi.errors import AtlasviError
+    from atlasvi.models.scvi import SCVI
+    from atlasvi.simulate import Simulation
+    from atlasvi.store.atlas import Atlas, open
+    from atlasvi.store.ingest import ingest
+
+__version__ = "0.1.0"
+
+__all__ = ["SCVI", "Atlas", "AtlasviError", "Simulation", "ingest", "open"]
+
+_WHERE = {
+    "SCVI": "atlasvi.models.scvi",
+    "Atlas": "atlasvi.store.atlas",
+    "AtlasviError": "atlasvi.errors",
+    "Simulation": "atlasvi.simulate",
+    "ingest": "atlasvi.store.ingest",
+    "open": "atlasvi.store.atlas",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: ``atlasvi --help`` needs no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'atlasvi' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

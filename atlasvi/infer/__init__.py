@@ -1,0 +1,1 @@
+"""Asking a trained module: latents, ELBO, normalised expression, always in chunks."""

@@ -1,0 +1,54 @@
+"""What all count likelihoods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from atlasvi_kernels import CSR, count_log_likelihood
+
+Sampler = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """A distribution of counts given a mean, an inverse dispersion and a dropout probability.
+
+    Args:
+        name: as in ``gene_likelihood=`` and in `atlasvi_kernels.count_log_likelihood`.
+        has_theta: whether it has an inverse dispersion.
+        has_pi: whether it is zero-inflated.
+        sample: ``(mu, theta, pi_logits, generator) -> counts``, all of one shape.
+    """
+
+    name: str
+    has_theta: bool
+    has_pi: bool
+    sample: Sampler
+
+    def log_prob(
+        self,
+        counts: CSR,
+        logits: torch.Tensor,
+        library: torch.Tensor,
+        theta: torch.Tensor | None,
+        pi_logits: torch.Tensor | None,
+        *,
+        theta_index: torch.Tensor | None = None,
+        mean: str = "softmax",
+    ) -> torch.Tensor:
+        """``(B,)`` log-likelihood in nats, by the fused kernel; shapes as there."""
+        return count_log_likelihood(
+            counts, logits, library, theta, pi_logits=pi_logits, theta_index=theta_index,
+            likelihood=self.name, mean=mean,
+        )  # fmt: skip
+
+    def mean(self, mu: torch.Tensor, pi_logits: torch.Tensor | None) -> torch.Tensor:
+        """Expected count, dropout included: ``mu``, or ``(1 - pi) mu``."""
+        return mu if pi_logits is None else mu * torch.sigmoid(-pi_logits)
+
+
+def drop_out(counts: torch.Tensor, pi_logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Set each count to zero with probability ``sigmoid(pi_logits)``."""
+    return counts * torch.bernoulli(torch.sigmoid(-pi_logits), generator=generator)

@@ -1,0 +1,811 @@
+"""What every model shares: registration, training, questions, files. Thin: the work is in the folders below."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+import atlasvi
+from atlasvi.errors import GenesError, ModelError, NotTrainedError, ObsError, OptionError, VersionError
+from atlasvi.files import replacing_folder
+from atlasvi.infer.decode import Request, chunk_rows, lazy_expression
+from atlasvi.infer.elbo import elbo_blocks
+from atlasvi.infer.latent import latent_blocks
+from atlasvi.progress import bar
+from atlasvi.store.atlas import Atlas
+from atlasvi.store.atlas import open as open_atlas
+from atlasvi.store.fields import UNS_KEY, Codes, from_uns, register, resolve, uns_entry
+from atlasvi.stream import pack, stream_minibatches
+from atlasvi.train.fit import Checkpoints, Listeners, fit
+from atlasvi.train.history import EpochRecord, to_frames
+from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
+from atlasvi.types import FieldMap, LossTerms, Minibatch
+
+if TYPE_CHECKING:
+    import anndata
+    import dask.array as da
+    import pandas as pd
+
+logger = logging.getLogger("atlasvi")
+
+Data: TypeAlias = "Atlas | anndata.AnnData | str | Path"
+Config = TypeVar("Config")
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+CHECKPOINT, LOG = "checkpoint", "history.csv"
+INFERENCE_BATCH = 1024
+LARGEST_DENSE = 2 << 30
+
+_INSTEAD = {
+    "load_sparse_tensor": "counts are always sparse here",
+    "datasplitter_kwargs": "use train_size, validation_size, shuffle_set_split and seed",
+    "plan_config": "use plan_kwargs",
+    "trainer_config": "use the arguments of train",
+    "datamodule": "give the model an Atlas: atlasvi.open(path)",
+    "dataloader": "give the model an Atlas: atlasvi.open(path)",
+    "data_loader_kwargs": "use batch_size",
+    "logger": "use model.history, or on_epoch=",
+    "callbacks": "use on_epoch=",
+    "simple_progress_bar": "use enable_progress_bar",
+    "n_samples_overall": "pass cells= and n_samples= to model.expression",
+    "precision": "training is in float32",
+    "strategy": "training is on one device",
+}
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed, naming them."""
+    if value not in allowed:
+        raise OptionError(f"{name} {value!r} is not supported; choose one of {', '.join(allowed)}")
+
+
+def refuse(method: str, arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that scvi-tools has and we have not, naming our way."""
+    for name in arguments:
+        raise OptionError(f"{method}({name}=...) is not supported; {_INSTEAD.get(name, 'see its docstring')}")
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryMoments:
+    """Empirical mean and variance of the log of the cells' totals, batch by batch (natural log)."""
+
+    log_mean: tuple[float, ...]
+    log_var: tuple[float, ...]
+
+
+def library_moments(atlas: Atlas, codes: Codes, n_batch: int) -> LibraryMoments:
+    """One pass over the cells; cells without counts are left out, as scvi-tools does."""
+    n, total, square = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
+    for counts, positions in atlas.iter_blocks(columns=codes.gene_columns):
+        sums = counts.row_sums().double().numpy()
+        filled = sums > 0
+        log_total = np.log(sums[filled])
+        batch = codes.batch_index[positions][filled].astype(np.int64)
+        n += np.bincount(batch, minlength=n_batch)
+        total += np.bincount(batch, log_total, n_batch)
+        square += np.bincount(batch, log_total**2, n_batch)
+    mean = total / np.maximum(n, 1)
+    var = np.maximum(square / np.maximum(n, 1) - mean**2, 0)
+    # A batch of one cell has no spread; a prior of no width would be a division by zero.
+    return LibraryMoments(tuple(mean.tolist()), tuple(np.maximum(var, 1e-4).tolist()))
+
+
+class CountModel(Generic[Config, Module]):
+    """Base of the models. A subclass names its config and module, and has a constructor of its own.
+
+    Args:
+        adata: the data it will be trained on, set up.
+        config: of the subclass.
+        needs_library: whether the module wants the library sizes' moments.
+    """
+
+    config_type: ClassVar[type]
+    module_type: ClassVar[type]
+
+    atlas: Atlas | None
+    fields: FieldMap
+    config: Config
+    module: Module
+    plan: TrainingPlan
+
+    def __init__(self, adata: Data, config: Config, *, needs_library: bool) -> None:
+        self.atlas, self.fields = _registered(adata, type(self).__name__)
+        self.config = config
+        self._codes: Codes | None = resolve(self.fields, self.atlas)
+        if self.atlas.n_obs < self.fields.n_vars:
+            warnings.warn(
+                f"{self.atlas.n_obs:,} cells for {self.fields.n_vars:,} genes: the scVI paper found "
+                "underfitting with fewer cells than genes; select genes (gene_mask=) or use PCA",
+                UserWarning,
+                stacklevel=3,
+            )
+        moments = library_moments(self.atlas, self._codes, self.fields.n_batch) if needs_library else None
+        self._assemble(moments)
+
+    def _assemble(self, moments: LibraryMoments | None) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # type: ignore[attr-defined]
+            self.module = self.module_type(self.config, self.fields, moments)
+        self.module.eval()
+        self.plan = TrainingPlan()
+        self.records: list[EpochRecord] = []
+        self._split: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        state = f"trained {len(self.records)} epochs" if self.records else "not trained"
+        return f"{type(self).__name__}({self.fields.n_vars:,} genes, {self.fields.n_batch} batches, {state})"
+
+    # --- setting up -----------------------------------------------------------------------------
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: Data,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        *,
+        gene_mask: str | None = "auto",
+    ) -> None:
+        """Say which columns the model should use. An AnnData gets one JSON entry, ``uns["atlasvi"]``,
+        and nothing else; a store on disk is not written to.
+
+        Args:
+            adata: an AnnData (in memory, backed or lazy) or an opened `Atlas`.
+            layer: where the counts of an AnnData are: ``None`` for ``X``, a layer's name, or ``"raw"``.
+            batch_key: column of obs with the batch.
+            labels_key: column of obs with labels (for ``dispersion="gene-label"``).
+            size_factor_key: column of obs with a size factor > 0.
+            categorical_covariate_keys: further columns with levels to remove.
+            continuous_covariate_keys: further columns with numbers to remove.
+            gene_mask: boolean column of var that chooses the genes; ``"auto"`` takes
+                ``"highly_variable"`` where it is there and says so; ``None`` takes all genes.
+
+        Raises:
+            ObsError: a column is missing, or has gaps.
+            GenesError: duplicate genes, or a mask that is not one.
+        """
+        if isinstance(adata, str | Path):
+            raise OptionError(
+                f"setup_anndata was given the path {str(adata)!r}; open it first: atlas = atlasvi.open(path)"
+            )
+        atlas = adata if isinstance(adata, Atlas) else Atlas.from_anndata(adata, layer=layer)
+        if gene_mask == "auto":
+            gene_mask = "highly_variable" if "highly_variable" in atlas.var_keys else None
+            if gene_mask:
+                logger.warning(
+                    "setup_anndata: var['highly_variable'] chooses the genes; pass gene_mask=None for all"
+                )
+        fields = register(
+            atlas,
+            layer=atlas.layer if isinstance(adata, Atlas) and layer is None else layer,
+            batch_key=batch_key,
+            labels_key=labels_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            gene_mask=gene_mask,
+        )
+        if isinstance(adata, Atlas):
+            adata.registration = fields
+        else:
+            adata.uns[UNS_KEY] = uns_entry(fields)
+
+    # --- training -------------------------------------------------------------------------------
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        *,
+        early_stopping_monitor: str = "elbo_validation",
+        early_stopping_patience: int = 45,
+        early_stopping_min_delta: float = 0.0,
+        check_val_every_n_epoch: int = 1,
+        enable_progress_bar: bool = True,
+        seed: int = 0,
+        num_workers: int | None = None,
+        memory_budget: int | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every_seconds: float = 60.0,
+        resume: bool = False,
+        on_epoch: Any = None,
+        **unsupported: object,
+    ) -> None:
+        """Fit the model by minibatches streamed from where the counts are.
+
+        Args:
+            max_epochs: passes over the cells; scvi-tools' rule when ``None`` (400 up to 20,000 cells,
+                then as many as see 8 million cells).
+            accelerator: ``"auto"``, ``"cpu"`` or ``"gpu"``.
+            devices: ``"auto"`` or 1.
+            train_size: share of the cells to train on.
+            validation_size: share kept for validation; the rest when ``None``.
+            shuffle_set_split: choose them at random, or take the first ones.
+            batch_size: cells a minibatch.
+            early_stopping: stop when the monitored value no longer falls.
+            plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
+            early_stopping_monitor: a column of ``history``.
+            early_stopping_patience: epochs.
+            early_stopping_min_delta: nats.
+            check_val_every_n_epoch: epochs from one validation to the next.
+            enable_progress_bar: show one on standard error.
+            seed: of split, order and noise: the same seed gives the same weights.
+            num_workers: threads that read; ``None`` one a core, at most 4.
+            memory_budget: bytes that decoded buffers may take; 128 MiB when ``None``.
+            checkpoint: folder to write the run to as it goes.
+            checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
+            resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
+            on_epoch: called with each `EpochRecord`.
+            **unsupported: arguments of scvi-tools that there are not here are refused by name.
+
+        Raises:
+            OptionError: an argument that is wrong or not supported.
+            TrainingError: the loss is no longer finite.
+        """
+        refuse("train", unsupported)
+        atlas, codes = self._data(None)
+        max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
+        if max_epochs < 1 or batch_size < 3:
+            raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
+        device = _device(accelerator, devices)
+        if resume and checkpoint is None:
+            raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
+        one_of("early_stopping_monitor", early_stopping_monitor, [
+            f"{term}_{part}" for term in ("elbo", "reconstruction_loss", "kl_local") for part in ("validation", "train")
+        ])  # fmt: skip
+        self._split = {
+            "n_obs": atlas.n_obs, "train_size": train_size, "validation_size": validation_size,
+            "shuffle": shuffle_set_split, "seed": seed,
+        }  # fmt: skip
+        training, held_out, _ = split_cells(**self._split)
+        if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
+            raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
+        plan = self.plan.with_options(plan_kwargs)
+        budget: dict[str, Any] = {} if memory_budget is None else {"memory_budget": memory_budget}
+
+        def minibatches(epoch: int) -> Iterator[Minibatch]:
+            return stream_minibatches(
+                atlas, codes, batch_size=batch_size, seed=seed, epoch=epoch, positions=training,
+                num_workers=num_workers, **budget,
+            )  # fmt: skip
+
+        def validation() -> Iterator[Minibatch]:
+            return stream_minibatches(
+                atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
+                num_workers=num_workers, **budget,
+            )  # fmt: skip
+
+        run = {
+            "config": asdict(self.config),  # type: ignore[call-overload]
+            "fields": json.loads(self.fields.to_json()),
+            "plan": asdict(plan),
+            "split": self._split,
+            "batch_size": batch_size,
+        }
+        epochs_done = [0]
+        with bar("train", max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
+
+            def after_step(epoch: int, cells: int, elbo: float) -> None:
+                advance(epoch * len(training) + cells, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
+
+            def after_epoch(record: EpochRecord) -> None:
+                epochs_done[0] += 1
+                if on_epoch is not None:
+                    on_epoch(record)
+
+            self.records = fit(
+                self.module,
+                minibatches,
+                validation if len(held_out) else None,
+                plan,
+                max_epochs=max_epochs,
+                seed=seed,
+                device=device,
+                early_stopping=EarlyStopping(
+                    early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
+                )
+                if early_stopping
+                else None,
+                validate_every=check_val_every_n_epoch,
+                checkpoints=None
+                if checkpoint is None
+                else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
+                listeners=Listeners(after_step, after_epoch),
+            )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether `train` has come to an end."""
+        return bool(self.records)
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """A data frame by epoch for each quantity; names as in scvi-tools, ``elbo_*`` is negative ELBO."""
+        return to_frames(self.records)
+
+    @property
+    def train_indices(self) -> NDArray[np.int64]:
+        """Positions of the cells trained on."""
+        return self._split_part(0)
+
+    @property
+    def validation_indices(self) -> NDArray[np.int64]:
+        """Positions of the cells kept for validation."""
+        return self._split_part(1)
+
+    def _split_part(self, part: int) -> NDArray[np.int64]:
+        if self._split is None:
+            raise NotTrainedError("the cells are split when training starts; call train() first")
+        return split_cells(**self._split)[part]
+
+    # --- questions ------------------------------------------------------------------------------
+
+    def get_latent_representation(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """``(n_obs, n_latent)`` float32: the mean of q(z|x) of each cell.
+
+        Args:
+            adata: other data; that of the model when ``None``. It need not have been set up.
+            indices: positions of the cells wanted.
+            give_mean: the mean, or one draw.
+            batch_size: cells at a time; does not change the result.
+            return_dist: return means and variances instead.
+            seed: of the draw.
+            **unsupported: refused by name.
+        """
+        refuse("get_latent_representation", unsupported)
+        self._must_be_trained()
+        minibatches = self._minibatches(adata, indices, batch_size)
+        pairs = list(latent_blocks(self.module, minibatches, self._device))
+        loc = np.concatenate([pair[0] for pair in pairs])
+        if give_mean and not return_dist:
+            return loc
+        scale = np.concatenate([pair[1] for pair in pairs])
+        if return_dist:
+            return loc, scale**2
+        from atlasvi_kernels import counter_normal
+
+        rows = torch.from_numpy(self._rows(adata, indices))
+        return loc + scale * counter_normal(seed, 0, 0, rows, loc.shape[1]).numpy()
+
+    def latent_blocks(
+        self, adata: Data | None = None, batch_size: int | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """The means of q(z|x) block by block, for writing where they do not fit in memory."""
+        self._must_be_trained()
+        for loc, _ in latent_blocks(self.module, self._minibatches(adata, None, batch_size), self._device):
+            yield loc
+
+    def get_elbo(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """The ELBO in nats a cell (higher is better, as in scvi-tools), from one draw of z for each cell.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            batch_size: cells at a time; does not change the result.
+            return_mean: the mean over cells, or a value for each.
+            seed: of the draws.
+            **unsupported: refused by name.
+        """
+        refuse("get_elbo", unsupported)
+        terms = self._terms(adata, indices, batch_size, seed)
+        elbo = -torch.cat([term.elbo for term in terms]).double()
+        return float(elbo.mean()) if return_mean else elbo.cpu().numpy()
+
+    def get_reconstruction_error(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """``{"reconstruction_loss": log p(x|z)}`` in nats a cell, negated as scvi-tools has it.
+
+        Arguments are those of `get_elbo`.
+        """
+        refuse("get_reconstruction_error", unsupported)
+        terms = self._terms(adata, indices, batch_size, seed)
+        loss = -torch.cat([term.reconstruction for term in terms]).double()
+        return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
+
+    def expression(
+        self,
+        data: Data | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        seed: int = 0,
+    ) -> da.Array:
+        """Normalised expression rho as a lazy ``dask.array``, cells x genes; nothing is computed until asked.
+
+        rho of a cell sums to one over all genes, whichever are asked for. A draw of z depends on
+        (seed, sample, cell) alone, so no result depends on the chunks.
+
+        Args:
+            data: other data; that of the model when ``None``. It need not have been set up.
+            cells: positions, a slice or a boolean mask.
+            genes: names of genes, in the order wanted; all when ``None``.
+            transform_batch: decode as if every cell came from this batch; several are averaged.
+            library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size.
+            n_samples: draws of z averaged over.
+            seed: of the draws.
+
+        Raises:
+            GenesError, ObsError: genes or batches that the model does not know, with near names.
+            OptionError: ``n_samples`` below 1.
+
+        Example:
+            >>> rho = model.expression(genes=["G0001", "G0002"])
+            >>> float(rho[:100].mean().compute()) > 0
+            True
+        """
+        self._must_be_trained()
+        if n_samples < 1:
+            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
+        if isinstance(library_size, str) and library_size != "latent":
+            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
+        atlas, codes = self._data(data)
+        positions = np.arange(atlas.n_obs)
+        if cells is not None:
+            positions = positions[cells if isinstance(cells, slice) else np.asarray(cells)]
+        at = None if genes is None else torch.from_numpy(_positions_of(genes, self.fields.var_names))
+        request = Request(
+            at,
+            self._batch_codes(transform_batch),
+            None if library_size == "latent" else float(library_size),
+            n_samples,
+            seed,
+        )
+        n_vars = self.fields.n_vars
+        view = atlas[:, codes.gene_columns]
+        row_numbers = atlas.row_numbers
+
+        def read(start: int, stop: int) -> Minibatch:
+            chosen = positions[start:stop]
+            return pack(view.read_rows(chosen), chosen, codes, row_numbers)
+
+        return lazy_expression(
+            self.module, read, len(positions), n_vars if at is None else len(at), request,
+            rows_per_chunk=chunk_rows(len(positions), n_vars),
+        )  # fmt: skip
+
+    def get_normalized_expression(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+        silent: bool = True,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """rho as a data frame (or array): for results that fit in memory; others are refused with their size.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            transform_batch: decode as if every cell came from this batch; several are averaged.
+            gene_list: names of genes.
+            library_size: rho is multiplied by it; ``"latent"`` for each cell's own.
+            n_samples: draws of z averaged over.
+            return_mean: must be ``True``: draws are averaged.
+            return_numpy: an array instead of a data frame.
+            silent: show no progress bar.
+            batch_size: ignored: chunks are chosen by size and do not change the result.
+            seed: of the draws.
+            **unsupported: refused by name.
+
+        Raises:
+            OptionError: the result would be larger than 2 GiB; names its size and the lazy call.
+        """
+        refuse("get_normalized_expression", unsupported)
+        if not return_mean and n_samples > 1:
+            raise OptionError(
+                "return_mean=False with several samples is not supported; call model.expression(seed=...) "
+                "once for each draw"
+            )
+        rho = self.expression(
+            adata, cells=None if indices is None else np.asarray(indices), genes=gene_list,
+            transform_batch=transform_batch, library_size=library_size, n_samples=n_samples, seed=seed,
+        )  # fmt: skip
+        if rho.nbytes > LARGEST_DENSE:
+            raise OptionError(
+                f"{rho.shape[0]:,} cells x {rho.shape[1]:,} genes are {rho.nbytes / 2**30:.1f} GiB of rho; "
+                "ask for fewer with indices= or gene_list=, or use the lazy model.expression(...)"
+            )
+        with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
+            values = rho.compute()
+            advance(rho.shape[0], "")
+        if return_numpy:
+            return values
+        import pandas as pd
+
+        atlas, _ = self._data(adata)
+        names = atlas.obs_names.astype(object)
+        return pd.DataFrame(
+            values,
+            index=names if indices is None else names[np.asarray(indices)],
+            columns=list(self.fields.var_names if gene_list is None else gene_list),
+        )
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def save(self, dir_path: str | Path, overwrite: bool = False, **unsupported: object) -> None:
+        """Write the model as a folder: safetensors for the weights, JSON for the rest, nothing pickled.
+
+        A checkpoint and a log that training wrote there stay.
+
+        Args:
+            dir_path: the folder.
+            overwrite: replace a model that is there.
+            **unsupported: refused by name.
+
+        Raises:
+            ModelError: there is a model already.
+            SpaceError: the disk is full; the folder stays what it was.
+        """
+        refuse("save", unsupported)
+        path = Path(dir_path)
+        if (path / DESCRIPTION).exists() and not overwrite:
+            raise ModelError(f"there is a model in {str(path)!r}; pass overwrite=True to replace it")
+        if path.exists() and not path.is_dir():
+            raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
+        known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
+        strangers = [p.name for p in path.iterdir() if p.name not in known] if path.exists() else []
+        if strangers:
+            raise ModelError(f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder")
+        description = {
+            "format": FORMAT,
+            "model": type(self).__name__,
+            "config": asdict(self.config),  # type: ignore[call-overload]
+            "fields": json.loads(self.fields.to_json()),
+            "plan": asdict(self.plan),
+            "split": self._split,
+            "records": [asdict(record) for record in self.records],
+            "versions": _versions(),
+        }
+        with replacing_folder(path) as new:
+            save_file({k: v.contiguous().cpu() for k, v in self.module.state_dict().items()}, new / WEIGHTS)
+            (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
+            if (path / CHECKPOINT).is_dir():
+                shutil.copytree(path / CHECKPOINT, new / CHECKPOINT)
+            if (path / LOG).is_file():
+                shutil.copy2(path / LOG, new / LOG)
+
+    @classmethod
+    def load(cls, dir_path: str | Path, adata: Data | None = None, **unsupported: object) -> Any:
+        """Read a model that `save` wrote; no code of the folder is run.
+
+        Args:
+            dir_path: the folder.
+            adata: data to go with it; it need not have been set up. Methods can also be given data later.
+            **unsupported: refused by name.
+
+        Raises:
+            ModelError: the folder is not a model of this class.
+            VersionError: it was written by a newer atlasvi.
+        """
+        refuse("load", unsupported)
+        path = Path(dir_path)
+        description = read_description(path)
+        if description["model"] != cls.__name__:
+            raise ModelError(f"{str(path)!r} is a {description['model']}, not a {cls.__name__}: use that class")
+        model = cls.__new__(cls)
+        model.atlas, model._codes = None, None
+        model.config = cls.config_type(**description["config"])
+        model.fields = FieldMap.from_json(json.dumps(description["fields"]))
+        n_batch = model.fields.n_batch
+        model._assemble(LibraryMoments((0.0,) * n_batch, (1.0,) * n_batch))
+        try:
+            model.module.load_state_dict(load_file(path / WEIGHTS))
+        except Exception as error:
+            raise ModelError(
+                f"the weights in {str(path / WEIGHTS)!r} cannot be read ({str(error).splitlines()[0]}); "
+                "copy the folder again"
+            ) from error
+        model.plan = TrainingPlan(**description["plan"])
+        model.records = [EpochRecord(**record) for record in description["records"]]
+        model._split = description["split"]
+        if adata is not None:
+            model.atlas, model._codes = model._data(adata)
+        return model
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _must_be_trained(self) -> None:
+        if not self.is_trained:
+            raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
+
+    def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
+        """The data to work on, in the model's terms; new data are registered as the model's were."""
+        if data is None:
+            if self.atlas is None or self._codes is None:
+                raise OptionError(
+                    f"this {type(self).__name__} was loaded without data; pass some, or load it with adata="
+                )
+            return self.atlas, self._codes
+        if isinstance(data, str | Path):
+            data = open_atlas(data)
+        atlas = data if isinstance(data, Atlas) else Atlas.from_anndata(data, layer=self.fields.layer)
+        return atlas, resolve(self.fields, atlas)
+
+    def _rows(self, data: Data | None, indices: Sequence[int] | None) -> NDArray[np.int64]:
+        rows = self._data(data)[0].row_numbers
+        return rows if indices is None else rows[np.asarray(indices)]
+
+    def _minibatches(
+        self, data: Data | None, indices: Sequence[int] | None, batch_size: int | None
+    ) -> Iterator[Minibatch]:
+        atlas, codes = self._data(data)
+        return stream_minibatches(
+            atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False,
+            positions=None if indices is None else np.asarray(indices, np.int64),
+        )  # fmt: skip
+
+    def _terms(
+        self, data: Data | None, indices: Sequence[int] | None, batch_size: int | None, seed: int
+    ) -> list[LossTerms]:
+        self._must_be_trained()
+        minibatches = self._minibatches(data, indices, batch_size)
+        return list(elbo_blocks(self.module, minibatches, self._device, seed=seed))
+
+    def _batch_codes(self, names: str | Sequence[str] | None) -> tuple[int, ...]:
+        if names is None:
+            return ()
+        known = list(self.fields.batch_categories)
+        codes = []
+        for name in [names] if isinstance(names, str) else names:
+            if str(name) not in known:
+                raise ObsError(f"transform_batch {name!r} is not a batch of the model; it knows {', '.join(known)}")
+            codes.append(known.index(str(name)))
+        return tuple(codes)
+
+
+def _registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
+    if isinstance(adata, str | Path):
+        adata = open_atlas(adata)
+    if isinstance(adata, Atlas):
+        atlas, fields = adata, adata.registration
+    else:
+        fields = from_uns(adata)
+        atlas = Atlas.from_anndata(adata, layer=fields.layer if fields else None)
+    if fields is None:
+        raise OptionError(f"the data were not set up; call {model}.setup_anndata(adata, batch_key=...) first")
+    return atlas, fields
+
+
+def split_cells(
+    n_obs: int, train_size: float, validation_size: float | None, shuffle: bool, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the training, validation and remaining cells, each in increasing order.
+
+    Raises:
+        OptionError: shares that are not shares, or too few cells to train on.
+    """
+    validation_size = 1 - train_size if validation_size is None else validation_size
+    if not 0 < train_size <= 1 or not 0 <= validation_size <= 1 or train_size + validation_size > 1 + 1e-9:
+        raise OptionError(
+            f"train_size {train_size} and validation_size {validation_size} must be shares that sum to 1 at most"
+        )
+    n_train = int(np.ceil(train_size * n_obs))
+    n_validation = min(int(np.floor(validation_size * n_obs + 1e-9)), n_obs - n_train)
+    if n_train < 3:
+        raise OptionError(f"{n_train} of {n_obs} cells are too few to train on; at least 3 are needed")
+    order = np.arange(n_obs)
+    if shuffle:
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(n_obs)
+    cuts = np.split(order, [n_train, n_train + n_validation])
+    return np.sort(cuts[0]), np.sort(cuts[1]), np.sort(cuts[2])
+
+
+def _device(accelerator: str, devices: int | str) -> torch.device:
+    one_of("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))
+    if devices not in ("auto", 1, "1"):
+        raise OptionError(f"devices={devices!r} is not supported; training is on one device: devices=1")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise OptionError(f"accelerator={accelerator!r}, but torch finds no CUDA device; use 'cpu' or 'auto'")
+    use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def _positions_of(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    import difflib
+
+    where = {name: i for i, name in enumerate(known)}
+    missing = [name for name in names if name not in where]
+    if missing:
+        near = difflib.get_close_matches(str(missing[0]), known, 3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise GenesError(f"{len(missing)} genes are not the model's, the first {missing[0]!r}{hint}")
+    return np.array([where[name] for name in names], np.int64)
+
+
+def _versions() -> dict[str, str]:
+    return {"atlasvi": atlasvi.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON of a model folder.
+
+    Raises:
+        ModelError: it is not a model, or training never finished.
+        VersionError: it was written by a newer atlasvi.
+    """
+    if not (path / DESCRIPTION).is_file():
+        if (path / CHECKPOINT).is_dir():
+            raise ModelError(f"training into {str(path)!r} has not finished; go on with: atlasvi train --resume")
+        raise ModelError(f"{str(path)!r} is not a model folder: it has no {DESCRIPTION}")
+    try:
+        description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
+        written = int(description["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again") from error
+    if written > FORMAT:
+        version = description.get("versions", {}).get("atlasvi", "a newer version")
+        raise VersionError(
+            f"{str(path)!r} has format {written}, this atlasvi reads up to {FORMAT}; "
+            f"it was written by atlasvi {version}: pip install --upgrade atlasvi"
+        )
+    return description
+
+
+__all__ = ["CountModel", "Data", "LibraryMoments", "library_moments", "one_of", "refuse"]

@@ -1,0 +1,296 @@
+"""scVI (Lopez et al. 2018, Nature Methods 15, 1053): a variational autoencoder of raw counts.
+
+Generative model of cell n with batch s_n, for genes g (equation numbers of the paper's Methods)::
+
+    z_n ~ N(0, I)                                   latent, n_latent dimensions           (1)
+    l_n ~ LogNormal(mean_s, var_s)                  library size, or observed             (2)
+    rho_n = softmax(f_w(z_n, s_n))                  normalised expression, sums to 1      (3)
+    w_ng ~ Gamma(shape theta_g, mean rho_ng)        overdispersion                        (4)
+    y_ng ~ Poisson(l_n w_ng)                                                              (5)
+    h_ng ~ Bernoulli(sigmoid(f_h(z_n, s_n)))        dropout, in ZINB and ZIP              (6)
+    x_ng = 0 if h_ng else y_ng                                                            (7)
+
+w, y and h are integrated out: x is ZINB. Inference: q(z|x) and q(log l|x) are normals whose means and
+variances are networks of log(1 + x). The loss is the negative ELBO, with a weight on KL(q(z|x)||p(z))
+that the schedule warms up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atlasvi.errors import OptionError
+from atlasvi.likelihoods import by_name
+from atlasvi.nn.decoder import Decoder
+from atlasvi.nn.encoder import Encoder
+from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.train.schedule import TrainingPlan
+from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi.models.base import CountModel, LibraryMoments, one_of
+
+if TYPE_CHECKING:
+    from atlasvi.models.base import Data
+
+# Noise streams of a step: what is drawn apart from dropout, and the first of each network's layers.
+_Z, _LIBRARY = 0, 1
+_ENCODER_DROPOUT, _LIBRARY_DROPOUT = 16, 32
+
+
+@dataclass(frozen=True, slots=True)
+class SCVIConfig:
+    """What `SCVI` is made of; the arguments are `SCVI`'s own."""
+
+    n_hidden: int = 128
+    n_latent: int = 10
+    n_layers: int = 1
+    dropout_rate: float = 0.1
+    dispersion: str = "gene"
+    gene_likelihood: str = "zinb"
+    latent_distribution: str = "normal"
+    use_observed_lib_size: bool = True
+    encode_covariates: bool = False
+    deeply_inject_covariates: bool = True
+    use_batch_norm: str = "both"
+    use_layer_norm: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the model cannot be."""
+        one_of("dispersion", self.dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
+        one_of("latent_distribution", self.latent_distribution, ("normal",))
+        by_name(self.gene_likelihood)
+        for name in ("use_batch_norm", "use_layer_norm"):
+            one_of(name, getattr(self, name), ("encoder", "decoder", "none", "both"))
+        for name in ("n_hidden", "n_latent", "n_layers"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if not 0 <= self.dropout_rate < 1:
+            raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
+
+
+class SCVIModule(nn.Module):
+    """The networks of `SCVI`, and what they say of a minibatch.
+
+    Args:
+        config: sizes and choices.
+        fields: what is known of the data: numbers of genes, batches, labels, covariates.
+        library: empirical mean and variance of the log library size of each batch; needed, and used,
+            only where the library size is latent.
+    """
+
+    def __init__(self, config: SCVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
+        super().__init__()
+        self.config = config
+        self.likelihood = by_name(config.gene_likelihood)
+        self.has_size_factor = fields.size_factor_key is not None
+        self.library_is_latent = not (config.use_observed_lib_size or self.has_size_factor)
+
+        levels = (fields.n_batch, *fields.n_levels)
+        n_continuous = len(fields.continuous_covariate_keys)
+        encoded = config.encode_covariates
+
+        def mlp(n_in: int, n_layers: int, part: str, covariates: bool, dropout: float, stream: int) -> MLP:
+            return MLP(
+                n_in, config.n_hidden, n_layers,
+                levels if covariates else (), n_continuous if covariates else 0,
+                inject=config.deeply_inject_covariates, dropout_rate=dropout,
+                batch_norm=config.use_batch_norm in (part, "both"),
+                layer_norm=config.use_layer_norm in (part, "both"),
+                stream=stream,
+            )  # fmt: skip
+
+        self.encoder = Encoder(
+            mlp(fields.n_vars, config.n_layers, "encoder", encoded, config.dropout_rate, _ENCODER_DROPOUT),
+            config.n_hidden,
+            config.n_latent,
+        )
+        self.decoder = Decoder(
+            mlp(config.n_latent, config.n_layers, "decoder", True, 0.0, 0),
+            config.n_hidden,
+            fields.n_vars,
+            has_pi=self.likelihood.has_pi,
+            has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
+        )
+        if self.likelihood.has_theta and config.dispersion != "gene-cell":
+            rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
+            self.log_theta = nn.Parameter(torch.randn(rows[config.dispersion], fields.n_vars))
+        if self.library_is_latent:
+            assert library is not None
+            self.library_encoder = Encoder(
+                mlp(fields.n_vars, 1, "encoder", encoded, config.dropout_rate, _LIBRARY_DROPOUT),
+                config.n_hidden,
+                1,
+            )
+            self.register_buffer("library_log_mean", torch.tensor(library.log_mean, dtype=torch.float32))
+            self.register_buffer("library_log_var", torch.tensor(library.log_var, dtype=torch.float32))
+
+    def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
+        """q(z | x)."""
+        posterior: Posterior = self.encoder(minibatch.counts, _covariates(minibatch), noise)
+        return posterior
+
+    def encode_library(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
+        """q(log l | x); only where the library size is latent."""
+        posterior: Posterior = self.library_encoder(minibatch.counts, _covariates(minibatch), noise)
+        return posterior
+
+    def library(self, minibatch: Minibatch, noise: Noise | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(B,)`` library size and ``(B,)`` its KL; without ``noise``, the median of q(l | x)."""
+        if minibatch.size_factor is not None:
+            return minibatch.size_factor, torch.zeros_like(minibatch.size_factor)
+        if not self.library_is_latent:
+            # A cell without counts has no log total; one count keeps the mean finite.
+            total = minibatch.counts.row_sums().clamp(min=1)
+            return total, torch.zeros_like(total)
+        ql = self.encode_library(minibatch, noise)
+        log_library = ql.loc if noise is None else ql.rsample(noise.normal(1, _LIBRARY))
+        kl = ql.kl_divergence(
+            self.library_log_mean[minibatch.batch_index].unsqueeze(1),
+            self.library_log_var[minibatch.batch_index].sqrt().unsqueeze(1),
+        )
+        return log_library.squeeze(1).exp(), kl
+
+    def theta(self, h: torch.Tensor, minibatch: Minibatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Inverse dispersion, and the row of it that each cell takes (``None``: gene g or cell b's own)."""
+        if not self.likelihood.has_theta:
+            return None, None
+        if self.config.dispersion == "gene-cell":
+            assert self.decoder.log_theta is not None
+            return self.decoder.log_theta(h).exp(), None
+        theta = self.log_theta.exp()
+        if self.config.dispersion == "gene":
+            return theta[0], None
+        return theta, minibatch.batch_index if self.config.dispersion == "gene-batch" else minibatch.labels
+
+    def log_likelihood(self, z: torch.Tensor, library: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+        """``(B,)`` log p(x | z, l, s)."""
+        h = self.decoder.hidden(z, _covariates(minibatch))
+        logits = self.decoder.scale(h)
+        theta, theta_index = self.theta(h, minibatch)
+        pi_logits = None if self.decoder.pi is None else self.decoder.pi(h)
+        if self.has_size_factor:
+            # scvi-tools gives up the softmax here: mu = size factor * softplus.
+            logits = F.softplus(logits).log()
+        return self.likelihood.log_prob(
+            minibatch.counts, logits, library, theta, pi_logits,
+            theta_index=theta_index, mean="exp" if self.has_size_factor else "softmax",
+        )  # fmt: skip
+
+    def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
+        """Negative ELBO of a minibatch from one draw of z (and of l): what training minimises."""
+        weights = weights or StepWeights()
+        qz = self.encode(minibatch, noise)
+        z = qz.rsample(noise.normal(qz.loc.shape[1], _Z))
+        library, kl_library = self.library(minibatch, noise)
+        reconstruction = -self.log_likelihood(z, library, minibatch)
+        kl_z = qz.kl_divergence()
+        total = (reconstruction + weights.kl * kl_z + kl_library).mean()
+        return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())
+
+    def decode_log_rho(
+        self, z: torch.Tensor, minibatch: Minibatch, genes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(B, len(genes))`` log rho, normalised over all genes whichever are asked for."""
+        decoder = self.decoder
+        h = decoder.hidden(z, _covariates(minibatch))
+        if self.has_size_factor:
+            return F.softplus(decoder.genes(decoder.scale, h, genes)).log()
+        if genes is None:
+            return F.log_softmax(decoder.scale(h), dim=-1)
+        return decoder.genes(decoder.scale, h, genes) - decoder.log_normaliser(h)
+
+
+def _covariates(minibatch: Minibatch) -> Covariates:
+    codes = torch.cat([minibatch.batch_index.unsqueeze(1), minibatch.cat_covs], dim=1)
+    return Covariates(codes, minibatch.cont_covs)
+
+
+class SCVI(CountModel[SCVIConfig, SCVIModule]):
+    """Single-cell variational inference: latents, normalised expression, batch removal by conditioning.
+
+    The defaults are scvi-tools'. `SCVI.paper` has the published setting. The model is at the head of
+    this file; Lopez et al. 2018.
+
+    Args:
+        adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
+        n_hidden: width of the hidden layers.
+        n_latent: dimensions of the latent.
+        n_layers: hidden layers of encoder and decoder.
+        dropout_rate: in the encoder.
+        dispersion: one theta for each ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``.
+        gene_likelihood: ``"zinb"``, ``"nb"``, ``"zip"`` or ``"poisson"``.
+        latent_distribution: ``"normal"``.
+        use_observed_lib_size: take a cell's total as its library size, or infer it.
+        encode_covariates: show batch and covariates to the encoder too.
+        deeply_inject_covariates: add them to every hidden layer, or to the first only.
+        use_batch_norm: in ``"encoder"``, ``"decoder"``, ``"both"`` or ``"none"``.
+        use_layer_norm: likewise.
+        seed: of the initial weights.
+
+    Raises:
+        OptionError: an argument out of its range.
+        GenesError, ObsError: data that was not set up, or does not fit its set-up.
+
+    Example:
+        >>> SCVI.setup_anndata(atlas, batch_key="batch")
+        >>> model = SCVI(atlas, n_latent=5)
+        >>> model.train(max_epochs=2, enable_progress_bar=False)
+        >>> model.get_latent_representation().shape == (atlas.n_obs, 5)
+        True
+    """
+
+    config_type = SCVIConfig
+    module_type = SCVIModule
+
+    def __init__(
+        self,
+        adata: Data,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        gene_likelihood: str = "zinb",
+        latent_distribution: str = "normal",
+        *,
+        use_observed_lib_size: bool = True,
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
+        seed: int = 0,
+    ) -> None:
+        config = SCVIConfig(
+            n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
+            use_observed_lib_size, encode_covariates, deeply_inject_covariates,
+            use_batch_norm, use_layer_norm, seed,
+        )  # fmt: skip
+        super().__init__(adata, config, needs_library=not use_observed_lib_size)
+
+    @classmethod
+    def paper(
+        cls, adata: Data, *, n_latent: int = 10, gene_likelihood: str = "zinb", seed: int = 0
+    ) -> SCVI:
+        """The setting of Lopez et al. 2018: batch in the encoder, latent library size, and a training
+        plan of minibatches of 128 with Adam (rate 0.001, epsilon 0.01) and a KL warm-up over 400 epochs.
+
+        Example:
+            >>> SCVI.setup_anndata(atlas)
+            >>> SCVI.paper(atlas).config.use_observed_lib_size
+            False
+        """
+        model = cls(
+            adata,
+            n_latent=n_latent,
+            gene_likelihood=gene_likelihood,
+            use_observed_lib_size=False,
+            encode_covariates=True,
+            seed=seed,
+        )
+        model.plan = TrainingPlan(lr=1e-3, eps=0.01, weight_decay=1e-6, n_epochs_kl_warmup=400)
+        return model

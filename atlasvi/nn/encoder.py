@@ -1,0 +1,33 @@
+"""q(z | x): from sparse counts to a diagonal normal."""
+
+from __future__ import annotations
+
+import torch
+from atlasvi_kernels import CSR
+from torch import nn
+
+from atlasvi.types import Noise, Posterior
+from atlasvi.nn.layers import MLP, Covariates
+
+VARIANCE_FLOOR = 1e-4  # added to the variance, as scvi-tools does
+
+
+class Encoder(nn.Module):
+    """``h = MLP(log(1 + x), s)``; ``q = N(h W_m + b_m, exp(h W_v + b_v) + 1e-4)``.
+
+    Args:
+        mlp: the hidden layers.
+        n_hidden: their width.
+        n_out: dimensions of the latent.
+    """
+
+    def __init__(self, mlp: MLP, n_hidden: int, n_out: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.loc = nn.Linear(n_hidden, n_out)
+        self.log_variance = nn.Linear(n_hidden, n_out)
+
+    def forward(self, counts: CSR, covariates: Covariates, noise: Noise | None) -> Posterior:
+        """The posterior of B cells."""
+        h = self.mlp(counts, covariates, noise)
+        return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + VARIANCE_FLOOR))

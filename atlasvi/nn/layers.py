@@ -1,0 +1,134 @@
+"""Layers on sparse counts, covariates as rows of weight, and a perceptron with keyed dropout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from atlasvi_kernels import CSR, csr_linear
+from torch import nn
+
+from atlasvi.types import Noise
+
+
+@dataclass(frozen=True, slots=True)
+class Covariates:
+    """Codes and numbers that a layer adds to its input.
+
+    Args:
+        codes: ``(B, k)`` int64, a level of each categorical covariate.
+        continuous: ``(B, c)`` float32.
+    """
+
+    codes: torch.Tensor
+    continuous: torch.Tensor
+
+
+class InputLinear(nn.Module):
+    """``y = x W + covariates V + b``: the one-hot product of scvi-tools, without the one-hot.
+
+    A categorical covariate selects a row of ``V``, which is the same as concatenating its one-hot code
+    to ``x``. ``x`` is dense, or a `CSR` of counts on which log1p is taken in flight.
+
+    Args:
+        n_in: width of ``x``.
+        n_out: width of ``y``.
+        n_levels: number of levels of each categorical covariate added here.
+        n_continuous: number of continuous covariates added here.
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_levels: tuple[int, ...] = (), n_continuous: int = 0) -> None:
+        super().__init__()
+        n_extra = n_continuous + sum(n_levels)
+        self.n_continuous = n_continuous
+        # (n_in, n_out), a row for each input: a non-zero count touches one line of memory.
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        self.covariate_weight = nn.Parameter(torch.empty(n_extra, n_out)) if n_extra else None
+        offsets = torch.tensor([n_continuous, *n_levels[:-1]] if n_levels else [], dtype=torch.int64)
+        self.register_buffer("offsets", offsets.cumsum(0), persistent=False)
+        bound = 1 / math.sqrt(n_in + n_extra)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: torch.Tensor | CSR, covariates: Covariates) -> torch.Tensor:
+        """``(B, n_out)``."""
+        if isinstance(x, CSR):
+            y = csr_linear(x, self.weight, self.bias, transform="log1p")
+        else:
+            y = torch.addmm(self.bias, x, self.weight)
+        if self.covariate_weight is None:
+            return y
+        if self.n_continuous:
+            y = y + covariates.continuous @ self.covariate_weight[: self.n_continuous]
+        if len(self.offsets):
+            y = y + F.embedding(covariates.codes + self.offsets, self.covariate_weight).sum(1)
+        return y
+
+
+class MLP(nn.Module):
+    """Hidden layers as scvi-tools lays them: linear, batch norm, layer norm, ReLU, dropout.
+
+    Args:
+        n_in: width of the input.
+        n_hidden: width of each hidden layer.
+        n_layers: number of hidden layers.
+        n_levels: levels of the categorical covariates.
+        n_continuous: continuous covariates, added to the first layer only.
+        inject: whether categorical covariates are added to every layer, or to the first only.
+        dropout_rate: share of hidden units set to zero in training.
+        batch_norm: with scvi-tools' momentum 0.01 and epsilon 0.001.
+        layer_norm: without learnt scale and shift.
+        stream: first number of the noise streams that dropout may use, one a layer.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_layers: int,
+        n_levels: tuple[int, ...],
+        n_continuous: int,
+        *,
+        inject: bool,
+        dropout_rate: float,
+        batch_norm: bool,
+        layer_norm: bool,
+        stream: int,
+    ) -> None:
+        super().__init__()
+        self.dropout_rate = dropout_rate
+        self.stream = stream
+        self.linears = nn.ModuleList()
+        self.batch_norms = nn.ModuleList()
+        self.layer_norm = layer_norm
+        for i in range(n_layers):
+            first = i == 0
+            self.linears.append(
+                InputLinear(
+                    n_in if first else n_hidden,
+                    n_hidden,
+                    n_levels if first or inject else (),
+                    n_continuous if first else 0,
+                )
+            )
+            if batch_norm:
+                self.batch_norms.append(nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001))
+
+    def forward(self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | None) -> torch.Tensor:
+        """``(B, n_hidden)``; without ``noise`` nothing is dropped out."""
+        for i, linear in enumerate(self.linears):
+            h = linear(x, covariates)
+            if len(self.batch_norms):
+                h = self.batch_norms[i](h)
+            if self.layer_norm:
+                h = F.layer_norm(h, h.shape[1:])
+            h = F.relu(h)
+            if self.training and self.dropout_rate > 0 and noise is not None:
+                kept = noise.uniform(h.shape[1], self.stream + i) >= self.dropout_rate
+                h = h * kept / (1 - self.dropout_rate)
+            x = h
+        assert isinstance(x, torch.Tensor)
+        return x

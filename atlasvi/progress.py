@@ -1,0 +1,65 @@
+"""Progress bars on standard error: rate and time left, and a plain line when it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int, str], None]
+
+
+@contextmanager
+def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[Advance]:
+    """A bar for ``total`` units of work; gives a function ``(done so far, note)``.
+
+    Without a terminal nothing moves: one line is printed at the end.
+
+    Args:
+        description: what is being done.
+        total: units in all.
+        unit: name of a unit in the plural, such as ``"cells"``.
+        enabled: ``False`` prints nothing.
+    """
+    if not enabled:
+        yield lambda done, note="": None
+        return
+    if not sys.stderr.isatty():
+        started = time.perf_counter()
+        last = [0, ""]
+
+        def remember(done: int, note: str = "") -> None:
+            last[:] = [done, note]
+
+        yield remember
+        seconds = time.perf_counter() - started
+        rate = last[0] / max(seconds, 1e-9)
+        note = f", {last[1]}" if last[1] else ""
+        print(
+            f"{description}: {last[0]:,} {unit} in {seconds:.1f} s ({rate:,.0f}/s){note}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=8) as progress:
+        task = progress.add_task(description, total=total, rate="", note="")
+        started = time.perf_counter()
+
+        def advance(done: int, note: str = "") -> None:
+            rate = done / max(time.perf_counter() - started, 1e-9)
+            progress.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s", note=note)
+
+        yield advance

@@ -1,0 +1,144 @@
+"""What a training run does when: rates, KL warm-up, early stopping, number of epochs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from atlasvi.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """How the weights are changed. Names and defaults are those of scvi-tools' ``plan_kwargs``.
+
+    Args:
+        optimizer: ``"Adam"`` or ``"AdamW"``.
+        lr: learning rate.
+        weight_decay: L2 penalty, as the optimiser means it.
+        eps: epsilon of Adam.
+        n_steps_kl_warmup: steps over which the KL weight rises, if ``n_epochs_kl_warmup`` is ``None``.
+        n_epochs_kl_warmup: epochs over which the KL weight rises.
+        min_kl_weight: where it starts.
+        max_kl_weight: where it ends.
+        reduce_lr_on_plateau: multiply the rate by ``lr_factor`` when ``lr_scheduler_metric`` stalls.
+        lr_factor: see there.
+        lr_patience: epochs without gain before that.
+        lr_threshold: gain that counts.
+        lr_min: the rate does not fall below it.
+        lr_scheduler_metric: ``"elbo_validation"``, ``"reconstruction_loss_validation"`` or
+            ``"kl_local_validation"``.
+    """
+
+    optimizer: str = "Adam"
+    lr: float = 1e-3
+    weight_decay: float = 1e-6
+    eps: float = 0.01
+    n_steps_kl_warmup: int | None = None
+    n_epochs_kl_warmup: int | None = 400
+    min_kl_weight: float = 0.0
+    max_kl_weight: float = 1.0
+    reduce_lr_on_plateau: bool = False
+    lr_factor: float = 0.6
+    lr_patience: int = 30
+    lr_threshold: float = 0.0
+    lr_min: float = 0.0
+    lr_scheduler_metric: str = "elbo_validation"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.optimizer not in ("Adam", "AdamW"):
+            raise OptionError(f"optimizer {self.optimizer!r} is not supported; use 'Adam' or 'AdamW'")
+        if not self.lr > 0:
+            raise OptionError(f"lr must be > 0, is {self.lr}")
+        if self.min_kl_weight > self.max_kl_weight:
+            raise OptionError(
+                f"min_kl_weight {self.min_kl_weight} is above max_kl_weight {self.max_kl_weight}"
+            )
+        metrics = ("elbo_validation", "reconstruction_loss_validation", "kl_local_validation")
+        if self.lr_scheduler_metric not in metrics:
+            raise OptionError(
+                f"lr_scheduler_metric {self.lr_scheduler_metric!r} is not one of {', '.join(metrics)}"
+            )
+
+    def with_options(self, plan_kwargs: Mapping[str, Any] | None) -> TrainingPlan:
+        """This plan with some values changed.
+
+        Raises:
+            OptionError: an option that there is not, naming the nearest one.
+        """
+        known = [field.name for field in fields(self)]
+        for name in plan_kwargs or {}:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                raise OptionError(f"plan_kwargs[{name!r}] is not supported; {hint}")
+        return replace(self, **(plan_kwargs or {}))
+
+    def kl_weight(self, epoch: int, step: int) -> float:
+        """Weight of KL(q(z|x) || p(z)) at a step: linear from ``min_kl_weight`` to ``max_kl_weight``."""
+        if self.n_epochs_kl_warmup:
+            share = epoch / self.n_epochs_kl_warmup
+        elif self.n_steps_kl_warmup:
+            share = step / self.n_steps_kl_warmup
+        else:
+            share = 1.0
+        return self.min_kl_weight + min(share, 1.0) * (self.max_kl_weight - self.min_kl_weight)
+
+    def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser, in its fused form."""
+        kind = torch.optim.Adam if self.optimizer == "Adam" else torch.optim.AdamW
+        return kind(parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=True)
+
+    def make_scheduler(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+        """What lowers the rate, if anything does."""
+        if not self.reduce_lr_on_plateau:
+            return None
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            factor=self.lr_factor,
+            patience=self.lr_patience,
+            threshold=self.lr_threshold,
+            threshold_mode="abs",
+            min_lr=self.lr_min,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """Stop when ``monitor`` has not fallen by ``min_delta`` for ``patience`` epochs.
+
+    Args:
+        monitor: a column of the history; lower is better.
+        patience: epochs, as scvi-tools counts them (validation runs each epoch).
+        min_delta: nats a cell.
+    """
+
+    monitor: str = "elbo_validation"
+    patience: int = 45
+    min_delta: float = 0.0
+
+    def says_stop(self, values: list[float]) -> bool:
+        """Whether to stop after these values, the latest last."""
+        best, since = float("inf"), 0
+        for value in values:
+            since += 1
+            if value < best - self.min_delta:
+                best, since = value, 0
+        return since >= self.patience
+
+
+def default_epochs(n_obs: int) -> int:
+    """scvi-tools' rule: 400 epochs up to 20,000 cells, then as many as see 8 million cells.
+
+    Example:
+        >>> default_epochs(3_000), default_epochs(1_000_000)
+        (400, 8)
+    """
+    return max(1, min(round(20_000 / n_obs * 400), 400))
