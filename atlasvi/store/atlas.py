@@ -1,0 +1,571 @@
+"""An atlas: counts with names, read a block at a time, from a store on disk or an AnnData alike."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import zarr
+from atlasvi_kernels import CSR
+from numpy.typing import NDArray
+
+from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError, SpaceError, StoreError
+from atlasvi.store.base import Source
+from atlasvi.store.fields import match_genes
+from atlasvi.store.sources import GroupSource, open_source
+from atlasvi.types import FieldMap
+
+if TYPE_CHECKING:
+    import anndata
+
+Rows: TypeAlias = "slice | NDArray[Any] | Sequence[int]"
+Genes: TypeAlias = "slice | NDArray[Any] | Sequence[int] | Sequence[str] | str"
+
+# Rows this near each other are read together and those between thrown away: a read costs about as much
+# as decoding a hundred rows, and a chunk is decoded whole anyway.
+_MAX_GAP = 128
+# ... but a read that throws rows away is no longer than this, which bounds what is held meanwhile.
+_MAX_SPARSE_READ = 4096
+_ROOTS = ("zarr.json", ".zgroup")
+
+
+def open(path: str | os.PathLike[str], *, layer: str | None = None) -> Atlas:
+    """Open an atlas: metadata only, whatever its size.
+
+    Args:
+        path: an AnnData Zarr store with counts by cells (what `ingest` writes, or any other), or an
+            ``.h5ad``, which reads far slower.
+        layer: where the counts are: ``None`` for ``X``, a layer's name, or ``"raw"``.
+
+    Raises:
+        NotAnAtlasError: there is no AnnData there, or an ingest never finished.
+        CorruptError: a file is truncated or damaged.
+        OptionError: the layer is not there, or the counts are stored by genes.
+    """
+    path = Path(path)
+    remedy = "make one: atlasvi ingest INPUT -o atlas.zarr"
+    if not path.exists():
+        raise NotAnAtlasError(f"{str(path)!r} is not an atlas: nothing is there; {remedy}")
+    if path.is_dir() and not any((path / name).exists() for name in _ROOTS):
+        raise NotAnAtlasError(f"{str(path)!r} is not an atlas: no AnnData group there; {remedy}")
+    source = open_source(path, layer)
+    if not isinstance(source, GroupSource):
+        source.close()
+        raise NotAnAtlasError(f"{str(path)!r} is not an atlas but an input for one; {remedy}")
+    return Atlas(source, path=path)
+
+
+def as_atlas(data: Atlas | anndata.AnnData | str | os.PathLike[str], *, layer: str | None = None) -> Atlas:
+    """An atlas from whatever a method of a model is given.
+
+    Args:
+        data: an `Atlas`, returned as it is; an AnnData; or the path of a store.
+        layer: where the counts are, for the latter two.
+
+    Raises:
+        OptionError: none of these.
+    """
+    if isinstance(data, Atlas):
+        return data
+    if isinstance(data, str | os.PathLike):
+        return open(data, layer=layer)
+    if hasattr(data, "obs_names") and hasattr(data, "uns"):
+        return Atlas.from_anndata(data, layer=layer)
+    raise OptionError(f"a {type(data).__name__} holds no counts; pass an AnnData, an Atlas or a path")
+
+
+class Atlas:
+    """Cells x genes of counts with their names and annotations, none of it in memory until asked for.
+
+    Made by `open` and `Atlas.from_anndata`. Indexing gives a lazy view: ``atlas[cells]`` or
+    ``atlas[cells, genes]``, with slices, integers, boolean masks and gene names; views compose.
+
+    Args:
+        source: what reads the counts.
+        path: of the store on disk, or ``None``.
+
+    Example:
+        >>> import anndata, numpy as np, scipy.sparse as sp
+        >>> atlas = Atlas.from_anndata(anndata.AnnData(sp.csr_matrix(np.eye(4, dtype=np.float32))))
+        >>> atlas[1:, ["3"]].read_rows(slice(None)).to_dense().tolist()
+        [[0.0], [0.0], [1.0]]
+    """
+
+    def __init__(self, source: Source, *, path: Path | None = None) -> None:
+        self._source = source
+        self._path = path
+        self._rows: NDArray[np.int64] | None = None
+        self._columns: NDArray[np.int64] | None = None
+        self._column_of: NDArray[np.int64] | None = None
+        self._bytes_per_row: float | None = None
+        self.registration: FieldMap | None = None
+        """What ``setup_anndata`` was told about this atlas; kept here, a store on disk is not written to."""
+
+    @classmethod
+    def from_anndata(cls, adata: anndata.AnnData, layer: str | None = None) -> Atlas:
+        """The counts of an AnnData: in memory, backed by a file, or lazy.
+
+        Args:
+            adata: the data; it is read where it is, not copied and not changed.
+            layer: a layer's name, ``"raw"``, or ``None`` for ``X``.
+        """
+        return cls(open_source(adata, layer))
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """How a person would call it: a path, or ``AnnData``."""
+        return self._source.name
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the store, or ``None`` where there is none on disk."""
+        return self._path
+
+    @property
+    def layer(self) -> str | None:
+        """Where the counts are: a layer's name, ``"raw"``, or ``None`` for ``X``."""
+        return self._source.layer
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return int(self._source.shape[0]) if self._rows is None else len(self._rows)
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return int(self._source.shape[1]) if self._columns is None else len(self._columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return self.n_obs, self.n_vars
+
+    def __len__(self) -> int:
+        return self.n_obs
+
+    def __repr__(self) -> str:
+        view = "" if self.is_whole else "view of "
+        return f"Atlas({view}{self.name!r}: {self.n_obs:,} cells x {self.n_vars:,} genes)"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the whole store, not a view of some cells or genes."""
+        return self._rows is None and self._columns is None
+
+    @property
+    def row_numbers(self) -> NDArray[np.int64]:
+        """``(n_obs,)`` int64, the position of each cell in the underlying store."""
+        return np.arange(self.n_obs, dtype=np.int64) if self._rows is None else self._rows
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """``(n_obs,)`` names of the cells, numpy ``StringDType``."""
+        return _take(self._source.obs_names, self._rows)
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """``(n_vars,)`` names of the genes, numpy ``StringDType``."""
+        return _take(self._source.var_names, self._columns)
+
+    @property
+    def obs_keys(self) -> list[str]:
+        """Names of the columns of obs."""
+        return list(self._source.obs_keys)
+
+    @property
+    def var_keys(self) -> list[str]:
+        """Names of the columns of var."""
+        return list(self._source.var_keys)
+
+    def obs_column(self, key: str) -> pd.Categorical | NDArray[Any]:
+        """One column of obs, ``(n_obs,)``, without reading the others."""
+        return _take(self._source.obs_column(key), self._rows)
+
+    def var_column(self, key: str) -> pd.Categorical | NDArray[Any]:
+        """One column of var, ``(n_vars,)``."""
+        return _take(self._source.var_column(key), self._columns)
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """All columns of obs, read when asked for."""
+        columns = {key: _for_pandas(self.obs_column(key)) for key in self.obs_keys}
+        return pd.DataFrame(columns, index=pd.Index(self.obs_names.astype(object)))
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """All columns of var, read when asked for."""
+        columns = {key: _for_pandas(self.var_column(key)) for key in self.var_keys}
+        return pd.DataFrame(columns, index=pd.Index(self.var_names.astype(object)))
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Mean size of a decoded cell, estimated from a few hundred of them."""
+        if self._bytes_per_row is None:
+            # A few neighbours from eight places: depth differs between the inputs of an atlas.
+            starts = np.linspace(0, max(self.n_obs - 32, 0), 8).astype(np.int64)
+            parts = [self.read_rows(slice(a, min(a + 32, self.n_obs))) for a in np.unique(starts)]
+            n_read = sum(part.n_obs for part in parts)
+            self._bytes_per_row = sum(part.nbytes for part in parts) / max(n_read, 1)
+        return self._bytes_per_row
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._source.close()
+
+    def __enter__(self) -> Atlas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- views ----------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Rows | tuple[Rows, Genes]) -> Atlas:
+        rows, genes = index if isinstance(index, tuple) else (index, slice(None))
+        view = Atlas(self._source, path=self._path)
+        view.registration = self.registration
+        view._rows = _compose(self._rows, self._find_cells(rows), self.n_obs)
+        view._columns = _compose(self._columns, self._find_genes(genes), self.n_vars)
+        if view._columns is not None:
+            view._column_of = np.full(self._source.shape[1], -1, np.int64)
+            view._column_of[view._columns] = np.arange(len(view._columns))
+        return view
+
+    def _find_cells(self, rows: Rows) -> NDArray[np.int64] | slice:
+        return _positions(rows, self.n_obs, "cells", CellsError)
+
+    def _find_genes(self, genes: Genes) -> NDArray[np.int64] | slice:
+        if isinstance(genes, str):
+            genes = [genes]
+        if not isinstance(genes, slice) and len(genes) and isinstance(np.asarray(genes).ravel()[0], str):
+            found: NDArray[np.int64] | slice = match_genes([str(gene) for gene in genes], self)
+        else:
+            found = _positions(genes, self.n_vars, "genes", GenesError)
+        if not isinstance(found, slice) and len(np.unique(found)) < len(found):
+            raise GenesError(f"a view of {self.name} was asked for a gene twice; name each once")
+        return found
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def read_rows(self, rows: Rows) -> CSR:
+        """Counts of some cells of this view, in the order asked, of its genes in its order.
+
+        Neighbours are read together; cells may repeat.
+
+        Args:
+            rows: a slice, integers in ``[0, n_obs)``, or a boolean mask.
+
+        Raises:
+            CellsError: cells that are not there.
+            CorruptError: a checksum failed or a file is truncated; it names file, shard and rows.
+        """
+        found = self._find_cells(rows)
+        if isinstance(found, slice):
+            start, stop, step = found.indices(self.n_obs)
+            if self._rows is None and step == 1:
+                return self._select_genes(self._read(start, max(start, stop)))
+            found = np.arange(start, stop, step, dtype=np.int64)
+        wanted = found if self._rows is None else self._rows[found]
+        if not len(wanted):
+            return self._select_genes(self._read(0, 0))
+        is_sorted = bool((np.diff(wanted) >= 0).all())
+        order = None if is_sorted else np.argsort(wanted, kind="stable")
+        counts = CSR.concatenate([
+            self._read_run(run) for run in _runs(wanted if order is None else wanted[order])
+        ])
+        if order is None:
+            return counts
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return counts.take_rows(back)
+
+    def _read_run(self, run: NDArray[np.int64]) -> CSR:
+        """Rows that lie near each other, in increasing order."""
+        start, stop = int(run[0]), int(run[-1]) + 1
+        counts = self._read(start, stop)
+        if len(run) != stop - start or (np.diff(run) != 1).any():
+            counts = counts.take_rows(run - start)
+        return self._select_genes(counts)
+
+    def _select_genes(self, counts: CSR) -> CSR:
+        if self._column_of is None:
+            return counts
+        return counts.take_columns(self._column_of, self.n_vars)
+
+    def _read(self, start: int, stop: int) -> CSR:
+        return self._source.read_rows(start, stop)
+
+    def stream(
+        self,
+        batch_size: int = 128,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        positions: NDArray[np.int64] | None = None,
+        num_workers: int | None = None,
+        memory_budget: int | None = None,
+        pin_memory: bool | None = None,
+    ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
+        """One epoch of minibatches: sparse counts, and the number in the store of each cell.
+
+        Blocks of neighbours come in random order, and the cells of several blocks are mixed. Same seed
+        and epoch, same minibatches, whatever the number of workers.
+
+        Args:
+            batch_size: cells a minibatch; a tail of fewer than 3 cells joins the minibatch before.
+            seed: of the run.
+            epoch: number of the epoch, from 0.
+            shuffle: ``False`` visits the cells in order.
+            positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
+            num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
+            memory_budget: bytes that the decoded buffers may take; 128 MiB when ``None``.
+            pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
+
+        Raises:
+            OptionError: an argument outside its range.
+            CellsError: positions that are not there.
+            CorruptError: while reading, where a checksum fails.
+        """
+        # The one import upwards (DESIGN): people look for the stream here.
+        from atlasvi import stream
+
+        return stream.stream_counts(
+            self,
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+            positions=positions,
+            num_workers=num_workers,
+            memory_budget=stream.MEMORY_BUDGET if memory_budget is None else memory_budget,
+            pin_memory=pin_memory,
+        )
+
+    def iter_blocks(
+        self,
+        positions: NDArray[np.int64] | None = None,
+        columns: Genes | None = None,
+        *,
+        num_workers: int | None = None,
+        memory_budget: int | None = None,
+    ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
+        """All cells in order, in blocks read ahead, with their positions in this view.
+
+        For passes over everything, such as moments; training takes `stream`.
+
+        Args:
+            positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
+            columns: genes; all when ``None``.
+            num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
+            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``.
+        """
+        from atlasvi import stream
+
+        return stream.stream_blocks(
+            self if columns is None else self[:, columns],
+            positions=positions,
+            num_workers=num_workers,
+            memory_budget=stream.MEMORY_BUDGET if memory_budget is None else memory_budget,
+        )
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def write_obsm(self, key: str, blocks: Iterable[Any], width: int) -> None:
+        """Write a float32 array into ``obsm[key]`` of the store on disk, block by block.
+
+        It is written beside the store and moved in when whole, so that a run that was killed leaves
+        what was there before, or nothing. ``anndata.read_zarr`` reads it as it is.
+
+        Args:
+            key: such as ``"X_scVI"``; what stands there is replaced.
+            blocks: arrays or tensors ``(rows, width)``, in the order of the cells, one row each in all.
+            width: number of columns.
+
+        Raises:
+            OptionError: this is a view, or has no store on disk, or the blocks do not fit.
+            SpaceError: the disk is full.
+        """
+        if self._path is None or not self.is_whole or not self._path.is_dir():
+            raise OptionError(
+                f"obsm[{key!r}] can be written to a whole store on disk, not to {self!r}; "
+                "open the store with atlasvi.open(path)"
+            )
+        if not key or "/" in key or "\\" in key or key.startswith("."):
+            raise OptionError(f"obsm key {key!r} cannot be the name of a folder; take one such as 'X_scVI'")
+        _write_obsm(self._path, key, blocks, (self.n_obs, width))
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut increasing rows where they lie far apart, and long stretches with holes into pieces."""
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP) + 1):
+        has_holes = run[-1] - run[0] + 1 > len(run)
+        if not has_holes:
+            yield run
+            continue
+        piece = (run - run[0]) // _MAX_SPARSE_READ
+        yield from np.split(run, np.flatnonzero(np.diff(piece)) + 1)
+
+
+def _positions(
+    index: Any, n: int, what: str, error: Callable[[str], Exception]
+) -> NDArray[np.int64] | slice:
+    """An index of one axis as a slice or as int64 positions in ``[0, n)``."""
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, int | np.integer):
+        index = [index]
+    array = np.asarray(index)
+    if array.ndim != 1 or (array.dtype.kind not in "biu" and len(array)):
+        raise error(
+            f"{what} are chosen by a slice, integers or a mask, not by {array.dtype} {array.shape}"
+        )
+    if array.dtype == bool:
+        if len(array) != n:
+            raise error(f"a mask of {len(array)} {what} was given for {n}; it must have one entry each")
+        return np.flatnonzero(array)
+    array = array.astype(np.int64)
+    if len(array) and not -n <= array.min() <= array.max() < n:
+        worst = array.min() if array.min() < -n else array.max()
+        raise error(f"{what} {worst} was asked for but there are {n}; they count from 0 to {n - 1}")
+    return np.where(array < 0, array + n, array)
+
+
+def _compose(
+    outer: NDArray[np.int64] | None, inner: NDArray[np.int64] | slice, n: int
+) -> NDArray[np.int64] | None:
+    if isinstance(inner, slice):
+        start, stop, step = inner.indices(n)
+        if (start, stop, step) == (0, n, 1):
+            return outer
+        inner = np.arange(start, stop, step, dtype=np.int64)
+    return inner if outer is None else outer[inner]
+
+
+def _take(values: Any, at: NDArray[np.int64] | None) -> Any:
+    return values if at is None else values[at]
+
+
+def _for_pandas(column: Any) -> Any:
+    # pandas 2 does not know numpy's StringDType.
+    return column.astype(object) if isinstance(column, np.ndarray) and column.dtype.kind == "T" else column
+
+
+# --- writing obsm -----------------------------------------------------------------------------------
+
+
+def _write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
+    """Write an array beside the store, then move it in: a kill leaves the old state, or nothing there."""
+    # Not inside: AnnData would take an unknown member of the store for part of it.
+    partial = path.parent / f".{path.name}.obsm-{key}.partial"
+    _remove(partial)
+    try:
+        _fill_array(partial, blocks, shape, zarr_format=_zarr_format(path))
+        _move_in(path, partial, key)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"no space left to write obsm[{key!r}] of {path}; free some and run it again"
+            ) from error
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"obsm[{key!r}] of {path} cannot be written: {error}; check permissions") from error
+    finally:
+        _remove(partial)
+
+
+def _fill_array(path: Path, blocks: Iterable[Any], shape: tuple[int, int], zarr_format: Any) -> None:
+    n_obs, width = shape
+    # One file holds about 4 MB, whatever the width.
+    chunk_rows = max(1, min(n_obs, (1 << 20) // max(width, 1)))
+    array = zarr.create_array(
+        store=str(path),
+        shape=shape,
+        chunks=(chunk_rows, max(width, 1)),
+        dtype="float32",
+        zarr_format=zarr_format,
+        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+    )
+    held, n_held, row = [], 0, 0
+    for block in blocks:
+        values = np.asarray(block, dtype=np.float32)
+        if values.ndim != 2 or values.shape[1] != width:
+            raise OptionError(f"a block of {values.shape} was given where (rows, {width}) is to be written")
+        held.append(values)
+        n_held += len(values)
+        # Whole chunks at a time, so that none is written twice.
+        if n_held >= chunk_rows:
+            values = np.concatenate(held)
+            n_whole = n_held - n_held % chunk_rows
+            _put(array, row, values[:n_whole])
+            held, n_held, row = [values[n_whole:].copy()], n_held - n_whole, row + n_whole
+    if n_held:
+        _put(array, row, np.concatenate(held))
+    if row + n_held != n_obs:
+        raise OptionError(
+            f"{row + n_held} rows were given to be written for {n_obs} cells; give one row a cell"
+        )
+
+
+def _put(array: zarr.Array, row: int, values: NDArray[np.float32]) -> None:
+    if row + len(values) > array.shape[0]:
+        raise OptionError(
+            f"more rows were given to be written than the {array.shape[0]} cells; give one row a cell"
+        )
+    array[row : row + len(values)] = values
+
+
+def _move_in(path: Path, partial: Path, key: str) -> None:
+    final, old = path / "obsm" / key, partial.with_suffix(".old")
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    if "obsm" not in group:
+        group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
+    # A stale copy of the metadata would hide the new array, or promise one that is not there.
+    was_consolidated = _drop_consolidated(path)
+    _remove(old)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    _remove(old)
+    if was_consolidated:
+        with warnings.catch_warnings():
+            # zarr warns that other implementations may not know it; AnnData writes it all the same.
+            warnings.simplefilter("ignore", category=UserWarning)
+            zarr.consolidate_metadata(str(path))
+
+
+def _drop_consolidated(path: Path) -> bool:
+    """Remove the copy of all metadata that may stand in the root; says whether there was one."""
+    if (path / ".zmetadata").exists():
+        (path / ".zmetadata").unlink()
+        return True
+    root = path / "zarr.json"
+    if not root.exists():
+        return False
+    metadata = json.loads(root.read_text())
+    if metadata.pop("consolidated_metadata", None) is None:
+        return False
+    beside = path / "zarr.json.partial"
+    beside.write_text(json.dumps(metadata))
+    os.replace(beside, root)
+    return True
+
+
+def _zarr_format(path: Path) -> int:
+    return 3 if (path / "zarr.json").exists() else 2
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
