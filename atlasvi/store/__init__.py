@@ -1,0 +1,1 @@
+"""Atlases on disk: ingest, opening, fields and statistics."""

@@ -1,0 +1,154 @@
+"""Names and columns of obs and var in HDF5 and Zarr groups, without a Python object a cell.
+
+Everything is written in AnnData's own encodings (string-array, categorical, array, nullable), in chunks
+with checksums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+from numpy.typing import NDArray
+
+from atlasvi.store.base import STRING
+from atlasvi.store.layout import codecs
+
+CHUNK = 1 << 17
+
+
+def read_strings(array: Any, rows: slice = slice(None)) -> NDArray[Any]:
+    """Strings of an HDF5 dataset or Zarr array, as numpy's ``StringDType`` (16 bytes a short string)."""
+    if hasattr(array, "asstr") and array.dtype.kind in "OS":
+        return np.asarray(array.astype("T")[rows])
+    return to_strings(array[rows])
+
+
+def to_strings(values: Any) -> NDArray[Any]:
+    """Names of any kind, as ``StringDType``."""
+    values = np.asarray(values)
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    return values.astype(STRING)
+
+
+def keys(group: Any) -> list[str]:
+    """Columns of a data frame on disk, in order."""
+    return [str(key) for key in group.attrs["column-order"]]
+
+
+def index(group: Any) -> Any:
+    """The array of the names of a data frame on disk."""
+    return group[str(group.attrs["_index"])]
+
+
+def read_column(group: Any, key: str) -> Any:
+    """One column of a data frame on disk.
+
+    Returns:
+        A ``pd.Categorical``, a numpy array (strings as ``StringDType``) or a nullable pandas array.
+
+    Raises:
+        KeyError: no such column.
+    """
+    if key not in keys(group):
+        raise KeyError(key)
+    node = group[key]
+    encoding = node.attrs.get("encoding-type")
+    if encoding == "string-array":
+        return read_strings(node)
+    return read_elem(node)
+
+
+def plain_column(values: Any) -> Any:
+    """A column of a pandas or xarray-backed frame as `read_column` would return it."""
+    if isinstance(values, pd.Series):
+        values = values.array
+    if hasattr(values, "to_numpy") and hasattr(values, "dims"):  # a lazy AnnData's column (xarray)
+        values = values.to_pandas().array
+    if isinstance(values, (pd.Categorical, np.ndarray)):
+        return _strings_if_all_are(values)
+    if isinstance(values, pd.arrays.NumpyExtensionArray):
+        return _strings_if_all_are(values.to_numpy())
+    return values
+
+
+def _strings_if_all_are(values: Any) -> Any:
+    if isinstance(values, np.ndarray) and values.dtype == object and all(isinstance(v, str) for v in values):
+        return values.astype(STRING)
+    return values
+
+
+def write_frame(parent: Any, key: str, n: int, index_name: str = "_index") -> Any:
+    """Start a data frame in ``parent``: the group, with its (empty) array of ``n`` names."""
+    group = parent.create_group(key)
+    group.attrs.update(
+        {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": index_name, "column-order": []}
+    )
+    _string_array(group, index_name, n)
+    return group
+
+
+def write_column(group: Any, key: str, values: Any) -> None:
+    """Add one column to a data frame begun by `write_frame`.
+
+    Raises:
+        TypeError: values of a kind that AnnData has no encoding for.
+    """
+    if isinstance(values, pd.Categorical):
+        _write_categorical(group.create_group(key), values)
+    elif isinstance(values, np.ndarray) and values.dtype.kind in "biufc":
+        write_array(group, key, values, "array")
+    elif isinstance(values, np.ndarray) and values.dtype.kind in "TU":
+        _string_array(group, key, len(values))[...] = values.astype(STRING)
+    elif isinstance(values, (pd.arrays.IntegerArray, pd.arrays.FloatingArray, pd.arrays.BooleanArray)):
+        _write_nullable(group.create_group(key), values)
+    else:
+        raise TypeError(f"column {key!r} of type {getattr(values, 'dtype', type(values).__name__)}")
+    group.attrs["column-order"] = [*group.attrs["column-order"], key]
+
+
+def write_array(group: Any, key: str, values: NDArray[Any], encoding: str) -> Any:
+    """A numeric array with AnnData's attributes, chunked by rows."""
+    width = max(1, int(np.prod(values.shape[1:])))
+    out = create_array(group, key, values.shape, values.dtype, max(1, CHUNK // width))
+    if values.size:
+        out[...] = values
+    out.attrs.update({"encoding-type": encoding, "encoding-version": "0.2.0"})
+    return out
+
+
+def create_array(group: Any, key: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
+    """An empty array, compressed and checksummed, with chunks of at most ``rows`` rows."""
+    chunks = (max(1, min(rows, shape[0])), *(max(1, n) for n in shape[1:]))
+    return group.create_array(key, shape=shape, dtype=dtype, chunks=chunks, compressors=codecs())
+
+
+def _string_array(group: Any, key: str, n: int) -> Any:
+    out = create_array(group, key, (n,), STRING, CHUNK)
+    out.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    return out
+
+
+def _write_categorical(group: Any, values: pd.Categorical) -> None:
+    group.attrs.update(
+        {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": bool(values.ordered)}
+    )
+    write_array(group, "codes", np.asarray(values.codes), "array")
+    categories = np.asarray(values.categories)
+    if categories.dtype.kind in "biuf":
+        write_array(group, "categories", categories, "array")
+    else:
+        _string_array(group, "categories", len(categories))[...] = to_strings(categories)
+
+
+def _write_nullable(group: Any, values: Any) -> None:
+    kind = "boolean" if values.dtype.kind == "b" else {"i": "integer", "u": "integer"}.get(values.dtype.kind)
+    if kind is None:
+        raise TypeError(f"nullable column of type {values.dtype}")
+    group.attrs.update({"encoding-type": f"nullable-{kind}", "encoding-version": "0.1.0"})
+    mask = np.asarray(values.isna())
+    write_array(group, "values", values.to_numpy(values.dtype.numpy_dtype, na_value=0), "array")
+    write_array(group, "mask", mask, "array")

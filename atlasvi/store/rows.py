@@ -1,0 +1,340 @@
+"""Readers of row ranges out of one matrix: on disk or in memory, sparse or dense."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from atlasvi_kernels import CSR
+from numpy.typing import NDArray
+
+from atlasvi.errors import CorruptError, OptionError
+
+_ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+_config_lock = threading.Lock()
+
+
+class Rows(Protocol):
+    """Reads rows of one matrix."""
+
+    @property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows, or ``None`` where that is not known before reading."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        ...
+
+    def read(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        ...
+
+
+def with_zarrs(make: Callable[[], Any]) -> Any:
+    """The zarr array (or arrays) that ``make`` opens or creates, with zarrs as the codec pipeline.
+
+    An array keeps the pipeline it was opened with, so the process-wide setting is back as it was on return.
+    """
+    with _config_lock, zarr.config.set(_ZARRS):
+        return make()
+
+
+def plain(values: NDArray[Any], place: str) -> NDArray[Any]:
+    """The same numbers in a type that `CSR` takes.
+
+    Raises:
+        OptionError: values that are not real numbers.
+    """
+    if values.dtype.kind not in "biuf":
+        raise OptionError(f"{place} holds {values.dtype} where counts must be numbers; convert it first")
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    wider = {"bool": np.uint8, "float16": np.float32, "longdouble": np.float64, "uint64": np.float64}
+    # An uint64 beyond 2**53 loses digits in float64, but is far above any count that is accepted.
+    return values.astype(wider[values.dtype.name]) if values.dtype.name in wider else values
+
+
+class MemoryRows:
+    """A matrix in memory: CSR, CSC (converted once), dense, or a Dask array of any of these."""
+
+    def __init__(self, matrix: Any, place: str) -> None:
+        if sp.issparse(matrix) and matrix.format != "csr":
+            matrix = matrix.tocsr()
+        self._matrix = matrix
+        self._place = place
+        self.shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+        self.indptr: NDArray[np.int64] | None = (
+            np.asarray(matrix.indptr, np.int64) if sp.issparse(matrix) else None
+        )
+
+    def read(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        part = self._matrix[start:stop]
+        if hasattr(part, "dask"):
+            # In this thread: the caller already decides how many blocks are read at a time.
+            part = part.compute(scheduler="synchronous")
+        if not sp.issparse(part):
+            part = sp.csr_matrix(np.asarray(part))
+        part = part.tocsr()
+        if not part.has_canonical_format:
+            part = part.copy()
+            part.sum_duplicates()
+        return CSR.from_numpy(part.indptr, part.indices, plain(part.data, self._place), self.shape[1])
+
+
+class BackedRows:
+    """The X of a backed AnnData, read by its own slicing, one thread at a time."""
+
+    def __init__(self, matrix: Any, place: str) -> None:
+        self._inner = MemoryRows(_Sliced(matrix), place)
+        self.shape = self._inner.shape
+        self.indptr: NDArray[np.int64] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        with self._lock:
+            return self._inner.read(start, stop)
+
+
+class _Sliced:
+    """Lets `MemoryRows` slice an on-disk matrix by rows."""
+
+    def __init__(self, matrix: Any) -> None:
+        self._matrix = matrix
+        self.shape = matrix.shape
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self._matrix[rows]
+
+
+class DenseRows:
+    """A dense matrix on disk, read in slabs of rows that are made sparse at once."""
+
+    def __init__(self, array: Any, place: str) -> None:
+        self._array = array
+        self._place = place
+        self.shape = (int(array.shape[0]), int(array.shape[1]))
+        self.indptr = None
+
+    def read(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        with reading(self._place, start, stop):
+            part = sp.csr_matrix(plain(np.asarray(self._array[start:stop]), self._place))
+        return CSR.from_numpy(part.indptr, part.indices, part.data, self.shape[1])
+
+
+class SparseRows:
+    """A CSR matrix on disk: three arrays of an HDF5 or Zarr group.
+
+    Args:
+        indptr: the offsets, read whole (8 bytes a cell).
+        indices: array with ``[a:b]``.
+        data: array with ``[a:b]``.
+        n_vars: number of columns.
+        place: file and group, for errors.
+        checksums: of ``indices`` and ``data``, checked before they are decoded.
+
+    Raises:
+        CorruptError: offsets that cannot be, on opening.
+    """
+
+    def __init__(
+        self,
+        indptr: Any,
+        indices: Any,
+        data: Any,
+        n_vars: int,
+        place: str,
+        checksums: tuple[ShardChecksums, ...] = (),
+    ) -> None:
+        with reading(place, 0, indptr.shape[0] - 1):
+            self.indptr = np.asarray(indptr[...], np.int64)
+        self._indices, self._data, self._place, self._checksums = indices, data, place, checksums
+        self.shape = (len(self.indptr) - 1, int(n_vars))
+        lengths = int(indices.shape[0]), int(data.shape[0])
+        if self.indptr[0] != 0 or _falls(self.indptr) or not self.indptr[-1] == lengths[0] == lengths[1]:
+            raise CorruptError(
+                f"{place}: indptr runs from {self.indptr[0]} to {self.indptr[-1]} where there are "
+                f"{lengths[0]} indices and {lengths[1]} values; the file is damaged, write it again"
+            )
+
+    def read(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        first, last = int(self.indptr[start]), int(self.indptr[stop])
+        for checksums in self._checksums:
+            checksums.verify(first, last, self.indptr)
+        with reading(self._place, start, stop):
+            indices, data = self._indices[first:last], self._data[first:last]
+        indices = _index_type(indices)
+        if len(indices) and not self._checksums and not 0 <= indices.min() <= indices.max() < self.shape[1]:
+            raise CorruptError(
+                f"{self._place}: a column outside 0 to {self.shape[1] - 1} in rows {start} to {stop}; "
+                "the file is damaged, write it again"
+            )
+        return CSR.from_numpy(
+            self.indptr[start : stop + 1] - first, indices, plain(data, self._place), self.shape[1]
+        )
+
+
+def _falls(offsets: NDArray[np.int64]) -> bool:
+    return bool((offsets[1:] < offsets[:-1]).any())
+
+
+def _index_type(indices: NDArray[Any]) -> NDArray[Any]:
+    if indices.dtype == np.uint64 or not indices.dtype.isnative:
+        return indices.astype(np.int64)
+    return indices
+
+
+class reading(AbstractContextManager[None]):
+    """Turns what a reader raises inside the block into a `CorruptError` naming file and rows."""
+
+    def __init__(self, place: str, start: int, stop: int) -> None:
+        self._where = f"{place}: rows {start} to {stop} cannot be read"
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, RuntimeError, ValueError, EOFError)):
+            detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CorruptError(
+                f"{self._where} ({detail}); the file is truncated or damaged, copy or write it again"
+            ) from error
+
+
+class ShardChecksums:
+    """Checks the CRC-32C of the inner chunks of a sharded Zarr array, each the first time it is read.
+
+    zarrs verifies checksums only when it decodes a whole shard, and a block of cells is less than that;
+    and a shard that is missing reads as zeros. Neither may pass in silence.
+
+    Args:
+        folder: of the array.
+        array: the opened array; its inner codecs end in ``crc32c``.
+    """
+
+    def __init__(self, folder: Path, array: Any) -> None:
+        self._folder = folder
+        self._shard, self._chunk = int(array.shards[0]), int(array.chunks[0])
+        self._n = int(array.shape[0])
+        self._done = np.zeros(-(-self._n // self._chunk), bool)
+
+    @classmethod
+    def of(cls, folder: Path, array: Any) -> ShardChecksums | None:
+        """The checksums of ``array``, or ``None`` where it has none of this kind."""
+        metadata = array.metadata.to_dict()
+        codec = metadata["codecs"][0] if metadata["zarr_format"] == 3 else {}
+        if codec.get("name") != "sharding_indexed":
+            return None
+        setup = codec["configuration"]
+        at_end = setup.get("index_location", "end") == "end"
+        ends = setup["codecs"][-1]["name"] == "crc32c" and setup["index_codecs"][-1]["name"] == "crc32c"
+        return cls(folder, array) if at_end and ends else None
+
+    def verify(self, start: int, stop: int, indptr: NDArray[np.int64]) -> None:
+        """Check the chunks that hold the entries ``start`` to ``stop``.
+
+        Raises:
+            CorruptError: a checksum that does not match, or a shard that is missing or cut short.
+        """
+        first, last = start // self._chunk, -(-stop // self._chunk)
+        todo = first + np.flatnonzero(~self._done[first:last])
+        per_shard = self._shard // self._chunk
+        for shard in np.unique(todo // per_shard).tolist():
+            chunks = todo[todo // per_shard == shard]
+            fault = self._fault(shard, (chunks - shard * per_shard).tolist(), per_shard)
+            if fault is not None:
+                raise CorruptError(self._message(shard, fault, indptr))
+            self._done[chunks] = True
+
+    def _fault(self, shard: int, chunks: list[int], per_shard: int) -> str | None:
+        path = self._folder / "c" / str(shard)
+        index_bytes = 16 * per_shard + 4
+        if not path.exists():
+            return "is missing"
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < index_bytes:
+                return "is cut short"
+            file.seek(size - index_bytes)
+            tail = file.read(index_bytes)
+            if not _crc_matches(tail):
+                return "has a wrong checksum in its index"
+            index = np.frombuffer(tail[:-4], "<u8").reshape(per_shard, 2)
+            for chunk in chunks:
+                offset, length = (int(v) for v in index[chunk])
+                if offset + length > size:
+                    return "is cut short"
+                file.seek(offset)
+                if not _crc_matches(file.read(length)):
+                    return "has a wrong checksum"
+        return None
+
+    def _message(self, shard: int, fault: str, indptr: NDArray[np.int64]) -> str:
+        first, last = shard * self._shard, min((shard + 1) * self._shard, self._n)
+        rows = np.searchsorted(indptr, [first, last - 1], side="right") - 1
+        return (
+            f"shard {self._folder / 'c' / str(shard)} {fault}: the counts of rows {rows[0]} to {rows[1]} are "
+            "damaged; copy the atlas again or ingest it again"
+        )
+
+
+def _crc_matches(block: bytes) -> bool:
+    return len(block) >= 4 and google_crc32c.value(block[:-4]) == int.from_bytes(block[-4:], "little")
+
+
+def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
+    """The reader of the matrix ``group[key]`` of an HDF5 or Zarr file.
+
+    Args:
+        group: h5py or zarr group.
+        key: where the matrix is, as ``"X"`` or ``"layers/counts"``.
+        place: file and matrix, for errors.
+        folder: of a Zarr group on a local disk, else ``None``.
+
+    Raises:
+        OptionError: a matrix stored by columns.
+    """
+    node = group[key]
+    if not hasattr(node, "keys"):
+        array = with_zarrs(lambda: group[key]) if isinstance(group, zarr.Group) else node
+        return DenseRows(array, place)
+    encoding = str(node.attrs.get("encoding-type", ""))
+    if encoding != "csr_matrix":
+        raise OptionError(
+            f"{place} is stored as {encoding or 'an unknown kind of matrix'}, which cannot be read by cells; "
+            "convert it first: adata.X = adata.X.tocsr(), then write it again"
+        )
+    n_vars = int(node.attrs["shape"][1])
+    if not isinstance(group, zarr.Group):
+        return SparseRows(node["indptr"], node["indices"], node["data"], n_vars, place)
+    indices, data = with_zarrs(lambda: (node["indices"], node["data"]))
+    checksums = () if folder is None else _checksums(folder / key, indices=indices, data=data)
+    return SparseRows(node["indptr"], indices, data, n_vars, place, checksums)
+
+
+def _checksums(folder: Path, *, indices: Any, data: Any) -> tuple[ShardChecksums, ...]:
+    found = ShardChecksums.of(folder / "indices", indices), ShardChecksums.of(folder / "data", data)
+    return tuple(checksums for checksums in found if checksums is not None)
+
+
+__all__ = [
+    "BackedRows",
+    "DenseRows",
+    "MemoryRows",
+    "Rows",
+    "ShardChecksums",
+    "SparseRows",
+    "group_rows",
+    "plain",
+    "reading",
+    "with_zarrs",
+]

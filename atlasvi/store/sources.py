@@ -1,0 +1,458 @@
+"""Where counts come from: AnnData files and objects, 10x files, Matrix Market folders, one interface.
+
+`open_source` says what a path holds by looking into it, never by its ending.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import zarr
+from anndata.io import read_elem
+from atlasvi_kernels import CSR
+from numpy.typing import NDArray
+
+from atlasvi.errors import CorruptError, NotAnAtlasError, OptionError, StoreError
+from atlasvi.store import frame
+from atlasvi.store.base import Extras, Source
+from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, reading
+
+FORMAT = 1
+RAW = "raw"
+
+
+def open_source(
+    what: str | Path | anndata.AnnData | Source, layer: str | None = None, *, scratch: Path | None = None
+) -> Source:
+    """Open whatever holds counts.
+
+    Args:
+        what: an AnnData ``.h5ad`` or ``.zarr`` (an atlas is one), a 10x ``.h5``, a folder with
+            ``matrix.mtx``, an AnnData (in memory, backed or lazy), or any `Source`, returned as it is.
+        layer: where the counts are: ``None`` for ``X``, the name of a layer, or ``"raw"`` for ``raw.X``.
+        scratch: folder for temporary files (Matrix Market is converted on disk); by default the system's.
+
+    Raises:
+        StoreError: no such file, or one in a format that is not known.
+        NotAnAtlasError: a folder that is none of these, or that an ingest never finished.
+        CorruptError: a truncated or damaged file.
+        OptionError: the layer is not there, or the matrix is stored by columns.
+    """
+    if isinstance(what, anndata.AnnData):
+        return AnnDataSource(what, layer)
+    if not isinstance(what, (str, Path)):
+        if not hasattr(what, "read_rows"):
+            kind = type(what).__name__
+            raise OptionError(f"counts cannot be read from a {kind}; pass a path or an AnnData")
+        return _as_it_is(what, layer)
+    path = Path(what)
+    if not path.exists():
+        raise StoreError(f"no such file or folder: {str(path)!r}")
+    if path.name in ("matrix.mtx", "matrix.mtx.gz"):
+        path = path.parent
+    if path.is_dir():
+        return _open_folder(path, layer, scratch)
+    return _open_hdf5(path, layer)
+
+
+def _as_it_is(source: Source, layer: str | None) -> Source:
+    if layer is not None and layer != source.layer:
+        return source.other(layer)
+    return source
+
+
+def _open_folder(path: Path, layer: str | None, scratch: Path | None) -> Source:
+    from atlasvi.store.mtx import MtxSource, is_mtx_folder
+
+    if is_mtx_folder(path):
+        _only_x(path, layer)
+        return MtxSource(path, scratch)
+    if not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+        raise NotAnAtlasError(
+            f"{str(path)!r} is not an atlas: neither a Zarr store nor a folder with matrix.mtx; give the "
+            "folder that `atlasvi ingest` wrote"
+        )
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise CorruptError(f"{str(path)!r}: damaged Zarr metadata ({error}); copy it again") from error
+    if group.attrs.get("encoding-type") != "anndata":
+        raise NotAnAtlasError(
+            f"{str(path)!r} is a Zarr store but not an AnnData (an ingest that never finished?); ingest again"
+        )
+    return GroupSource(group, path, layer)
+
+
+def _open_hdf5(path: Path, layer: str | None) -> Source:
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89HDF\r\n\x1a\n":
+            raise StoreError(
+                f"{str(path)!r} is in a format that is not known; give an .h5ad, a .zarr, a 10x .h5 or a "
+                "folder with matrix.mtx, barcodes.tsv and features.tsv"
+            )
+    try:
+        group = h5py.File(path, "r")
+    except OSError as error:
+        raise CorruptError(f"{str(path)!r} is truncated ({error}); copy it again") from error
+    try:
+        return _hdf5_source(group, path, layer)
+    except BaseException:
+        group.close()
+        raise
+
+
+def _hdf5_source(group: h5py.File, path: Path, layer: str | None) -> Source:
+    if "obs" in group and "var" in group:
+        if not isinstance(group["obs"], h5py.Group):
+            raise StoreError(f"{str(path)!r} is of anndata < 0.7; read it with anndata and write it again")
+        return GroupSource(group, path, layer)
+    tables = [key for key in group if isinstance(group[key], h5py.Group) and "barcodes" in group[key]]
+    if len(tables) == 1:
+        _only_x(path, layer)
+        return TenxSource(group, group[tables[0]], path)
+    if tables:
+        genomes = ", ".join(tables)
+        raise StoreError(f"{str(path)!r} holds several genomes ({genomes}); write each to its own file")
+    raise StoreError(f"{str(path)!r} is HDF5 but neither an AnnData nor a 10x matrix")
+
+
+def _only_x(path: Path, layer: str | None) -> None:
+    if layer is not None:
+        raise OptionError(f"{str(path)!r} holds one matrix and no layer {layer!r}; leave layer out")
+
+
+def _matrix_place(layer: str | None, layers: list[str], has_raw: bool, name: str) -> tuple[str, str]:
+    """Key in an AnnData group and words for an error, of the matrix that ``layer`` means."""
+    if layer is None:
+        return "X", "X"
+    if layer in layers:
+        return f"layers/{layer}", f"layers[{layer!r}]"
+    if layer == RAW and has_raw:
+        return "raw/X", "raw.X"
+    known = [*(repr(key) for key in layers), *(["'raw'"] if has_raw else [])]
+    choice = f"there are {', '.join(known)}, or leave layer out for X" if known else "leave layer out for X"
+    raise OptionError(f"{name!r} has no layer {layer!r}; {choice}")
+
+
+class GroupSource(Source):
+    """An AnnData in an HDF5 file or a Zarr store."""
+
+    def __init__(self, group: Any, path: Path, layer: str | None) -> None:
+        self._group, self.path, self.layer = group, path, layer
+        self._format = dict(group.attrs).get("atlasvi")
+        if self._format is not None and int(self._format["format"]) > FORMAT:
+            raise StoreError(
+                f"{str(path)!r} has format {self._format['format']}, made by a newer atlasvi; this one reads "
+                f"up to {FORMAT}: upgrade atlasvi"
+            )
+        layers = list(group["layers"]) if "layers" in group else []
+        key, self._place = _matrix_place(layer, layers, "raw/X" in group, str(path))
+        if key not in group:
+            raise StoreError(f"{str(path)!r} has no {self._place}; name the layer with counts: layer=...")
+        self._var = group["raw/var"] if key == "raw/X" else group["var"]
+        is_ours = self._format is not None and isinstance(group, zarr.Group)
+        self._rows: Rows = group_rows(group, key, f"{str(path)!r} {self._place}", path if is_ours else None)
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        names = tuple(int(frame.index(table).shape[0]) for table in (self._group["obs"], self._var))
+        if names != self._rows.shape:
+            raise CorruptError(
+                f"{str(self.path)!r}: {self._place} has shape {self._rows.shape} but there are names of "
+                f"{names[0]} cells and {names[1]} genes; write it again"
+            )
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def attributes(self) -> dict[str, Any] | None:
+        """What `ingest` wrote about the atlas, or ``None`` where this is not one."""
+        return self._format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return self._rows.shape
+
+    @property
+    def place(self) -> str:
+        """Which matrix."""
+        return self._place
+
+    @property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows."""
+        return self._rows.indptr
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Names of the cells."""
+        return self.read_names(0, self.shape[0])
+
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Names of some cells, read from disk."""
+        with reading(f"{self.name!r} obs_names", start, stop):
+            return frame.read_strings(frame.index(self._group["obs"]), slice(start, stop))
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Names of the genes."""
+        with reading(f"{self.name!r} var_names", 0, self.shape[1]):
+            return frame.read_strings(frame.index(self._var))
+
+    @property
+    def obs_keys(self) -> list[str]:
+        """Columns of obs."""
+        return frame.keys(self._group["obs"])
+
+    def obs_column(self, key: str) -> Any:
+        """One column of obs."""
+        with reading(f"{self.name!r} obs[{key!r}]", 0, self.shape[0]):
+            return frame.read_column(self._group["obs"], key)
+
+    @property
+    def var_keys(self) -> list[str]:
+        """Columns of var."""
+        return frame.keys(self._var)
+
+    def var_column(self, key: str) -> Any:
+        """One column of var."""
+        with reading(f"{self.name!r} var[{key!r}]", 0, self.shape[1]):
+            return frame.read_column(self._var, key)
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        return self._rows.read(start, stop)
+
+    def extras(self) -> Extras:
+        """What is in obsm and uns, and the names of the rest."""
+        group = self._group
+        obsm = {key: group["obsm"][key] for key in group.get("obsm", ())}
+        arrays = {key: node for key, node in obsm.items() if not hasattr(node, "keys")}
+        frames = tuple(k for k, node in obsm.items() if node.attrs.get("encoding-type") == "dataframe")
+        others = [key for key in obsm if key not in arrays and key not in frames]
+        left_out = [f"obsm[{key!r}]" for key in others]
+        for part in ("obsp", "varm", "varp"):
+            left_out += [f"{part}[{key!r}]" for key in group.get(part, ())]
+        elsewhere = (["X"] if "X" in group else []) + list(group.get("layers", ()))
+        elsewhere += [RAW] if "raw/X" in group else []
+        mine = self.layer if self.layer is not None else "X"
+        uns = (lambda: dict(read_elem(group["uns"]))) if "uns" in group and len(group["uns"]) else None
+        return Extras(arrays, frames, uns, tuple(left_out), tuple(key for key in elsewhere if key != mine))
+
+    def obsm_frame(self, key: str) -> Any:
+        """One table of obsm."""
+        return read_elem(self._group["obsm"][key])
+
+    def other(self, layer: str | None) -> Source:
+        """The same file, another matrix."""
+        assert self.path is not None
+        return GroupSource(self._group, self.path, layer)
+
+    def close(self) -> None:
+        """Close the file."""
+        if isinstance(self._group, h5py.File):
+            self._group.close()
+
+
+class AnnDataSource(Source):
+    """An AnnData object: in memory, backed by a file, or lazy."""
+
+    def __init__(self, adata: anndata.AnnData, layer: str | None) -> None:
+        self.layer = layer
+        self._adata = adata
+        layers = [str(key) for key in adata.layers]
+        key, self._place = _matrix_place(layer, layers, adata.raw is not None, "AnnData")
+        raw = key == "raw/X"
+        matrix = adata.raw.X if raw else adata.X if layer is None else adata.layers[layer]
+        if matrix is None:
+            raise OptionError("AnnData has no X; name the layer that holds counts: layer=...")
+        if adata.isbacked and adata.is_view:
+            raise OptionError("this is a view of a backed AnnData; pass adata.to_memory(), or all of it")
+        on_disk = isinstance(matrix, (h5py.Dataset, anndata.abc.CSRDataset))
+        if isinstance(matrix, anndata.abc.CSCDataset):
+            raise OptionError(
+                f"AnnData {self._place} is stored as csc_matrix, which cannot be read by cells; convert it "
+                "first: adata.X = adata.X.tocsr(), then write it again"
+            )
+        reader = BackedRows if on_disk else MemoryRows
+        self._rows: Rows = reader(matrix, f"AnnData {self._place}")
+        self._var = adata.raw.var if raw else adata.var
+
+    @property
+    def name(self) -> str:
+        """``AnnData``."""
+        return "AnnData"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return self._rows.shape
+
+    @property
+    def place(self) -> str:
+        """Which matrix."""
+        return self._place
+
+    @property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows, of a sparse matrix in memory."""
+        return self._rows.indptr
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Names of the cells."""
+        return frame.to_strings(self._adata.obs_names)
+
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Names of some cells."""
+        return frame.to_strings(self._adata.obs_names[start:stop])
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Names of the genes."""
+        return frame.to_strings(self._var.index)
+
+    @property
+    def obs_keys(self) -> list[str]:
+        """Columns of obs."""
+        return [str(key) for key in self._adata.obs.columns]
+
+    def obs_column(self, key: str) -> Any:
+        """One column of obs."""
+        return frame.plain_column(self._adata.obs[key])
+
+    @property
+    def var_keys(self) -> list[str]:
+        """Columns of var."""
+        return [str(key) for key in self._var.columns]
+
+    def var_column(self, key: str) -> Any:
+        """One column of var."""
+        return frame.plain_column(self._var[key])
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        return self._rows.read(start, stop)
+
+    def extras(self) -> Extras:
+        """What is in obsm and uns, and the names of the rest."""
+        adata = self._adata
+        arrays = {k: v for k, v in adata.obsm.items() if isinstance(v, np.ndarray) or hasattr(v, "dask")}
+        frames = tuple(k for k, v in adata.obsm.items() if hasattr(v, "columns"))
+        left_out = [f"obsm[{key!r}]" for key in adata.obsm if key not in arrays and key not in frames]
+        for part in ("obsp", "varm", "varp"):
+            left_out += [f"{part}[{key!r}]" for key in getattr(adata, part)]
+        elsewhere = (["X"] if adata.X is not None else []) + [str(key) for key in adata.layers]
+        elsewhere += [RAW] if adata.raw is not None else []
+        mine = self.layer if self.layer is not None else "X"
+        uns = (lambda: dict(adata.uns)) if len(adata.uns) else None
+        return Extras(arrays, frames, uns, tuple(left_out), tuple(key for key in elsewhere if key != mine))
+
+    def obsm_frame(self, key: str) -> Any:
+        """One table of obsm."""
+        table = self._adata.obsm[key]
+        return table.to_memory() if hasattr(table, "to_memory") else table
+
+    def other(self, layer: str | None) -> Source:
+        """The same object, another matrix."""
+        return AnnDataSource(self._adata, layer)
+
+
+class TenxSource(Source):
+    """A 10x Genomics ``.h5``: genes x cells by columns, which is cells x genes by rows.
+
+    Only features of type "Gene Expression" are kept (antibodies, guides and peaks are not counts of
+    genes); what was left out is named.
+    """
+
+    def __init__(self, file: h5py.File, group: h5py.Group, path: Path) -> None:
+        self._file, self._group, self.path = file, group, path
+        n_features, n_obs = (int(n) for n in group["shape"][...])
+        where = f"{str(path)!r} {group.name}"
+        self._rows = SparseRows(group["indptr"], group["indices"], group["data"], n_features, where)
+        features = group["features"] if "features" in group else group
+        self._ids = features["id"] if "id" in features else features["genes"]
+        self._symbols = features["name"] if "name" in features else features["gene_names"]
+        self._kept = np.arange(n_features)
+        self._left_out: tuple[str, ...] = ()
+        if "feature_type" in features:
+            self._keep_genes(frame.read_strings(features["feature_type"]))
+        self._shape = (n_obs, len(self._kept))
+        if not n_obs == self._rows.shape[0] == len(group["barcodes"]):
+            raise CorruptError(
+                f"{where}: {n_obs} cells in shape, {self._rows.shape[0]} in indptr, {len(group['barcodes'])} "
+                "barcodes; the file is damaged, copy it again"
+            )
+
+    def _keep_genes(self, kinds: NDArray[Any]) -> None:
+        is_gene = kinds == "Gene Expression"
+        if not is_gene.any():
+            raise OptionError(f"{str(self.path)!r} has no features of type 'Gene Expression'")
+        others, counts = np.unique(kinds[~is_gene], return_counts=True)
+        self._left_out = tuple(f"{n} features of type {k!r}" for k, n in zip(others, counts, strict=True))
+        self._column_of = np.where(is_gene, np.cumsum(is_gene) - 1, -1)
+        self._kept = np.flatnonzero(is_gene)
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return self._shape
+
+    @property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows; unknown where features are left out."""
+        return None if self._left_out else self._rows.indptr
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Barcodes."""
+        return frame.read_strings(self._group["barcodes"])
+
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Some barcodes."""
+        return frame.read_strings(self._group["barcodes"], slice(start, stop))
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Gene symbols."""
+        return frame.read_strings(self._symbols)[self._kept]
+
+    @property
+    def var_keys(self) -> list[str]:
+        """``gene_ids``."""
+        return ["gene_ids"]
+
+    def var_column(self, key: str) -> Any:
+        """Gene ids."""
+        if key != "gene_ids":
+            raise KeyError(key)
+        return frame.read_strings(self._ids)[self._kept]
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        part = self._rows.read(start, stop)
+        return part.take_columns(self._column_of, self._shape[1]) if self._left_out else part
+
+    def extras(self) -> Extras:
+        """The features that are not genes."""
+        return Extras(left_out=self._left_out)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+__all__ = ["AnnDataSource", "GroupSource", "Source", "TenxSource", "open_source"]

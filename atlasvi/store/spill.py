@@ -1,0 +1,123 @@
+"""Sparse matrices in temporary files, put into row order on disk: memory does not grow with cells.
+
+Entries arrive in any order, are appended to the file of their bucket (a range of rows), and each bucket
+in turn, small enough for memory, is put in order into flat files of indices and values.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+BUCKET_ENTRIES = 1 << 22
+MAX_BUCKETS = 512
+
+
+class FileArray:
+    """A one-dimensional array in a plain binary file, read by ranges and never mapped into memory."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self._path, self.dtype = path, np.dtype(dtype)
+        self._n = path.stat().st_size // self.dtype.itemsize
+        self.shape = (self._n,)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, rows: slice | EllipsisType) -> NDArray[Any]:
+        start, stop, _ = (slice(None) if rows is Ellipsis else rows).indices(self._n)
+        return np.fromfile(self._path, self.dtype, max(0, stop - start), offset=start * self.dtype.itemsize)
+
+
+def disk_array(path: Path, n: int, dtype: Any) -> NDArray[Any]:
+    """An array of zeros that lives in a file: its pages are the system's to write out, not the heap's."""
+    if n == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="w+", shape=(n,))
+
+
+class Spill:
+    """An external sort of entries by row.
+
+    Args:
+        folder: for the temporary files; must exist and be empty.
+        n_rows: number of rows.
+        n_entries: how many entries to expect (a guess is enough: it sets the number of buckets).
+        dtype: of the values.
+    """
+
+    def __init__(self, folder: Path, n_rows: int, n_entries: int, dtype: Any) -> None:
+        self._folder, self._n_rows = folder, n_rows
+        buckets = max(1, min(MAX_BUCKETS, n_rows, -(-n_entries // BUCKET_ENTRIES)))
+        self._per_bucket = max(1, -(-n_rows // buckets))
+        self.n_buckets = max(1, -(-n_rows // self._per_bucket))
+        self._record = np.dtype([("row", np.uint32), ("column", np.uint32), ("value", dtype)])
+        self._locks = [threading.Lock() for _ in range(16)]
+
+    def add(self, rows: NDArray[np.int64], columns: NDArray[Any], values: NDArray[Any]) -> None:
+        """Append entries, in any order, from any thread."""
+        bucket = rows // self._per_bucket
+        order = np.argsort(bucket, kind="stable")
+        records = np.empty(len(rows), self._record)
+        records["row"] = (rows - bucket * self._per_bucket)[order]
+        records["column"], records["value"] = columns[order], values[order]
+        ends = np.searchsorted(bucket[order], np.arange(self.n_buckets + 1))
+        for b in np.flatnonzero(np.diff(ends)).tolist():
+            with self._locks[b % len(self._locks)], self._path(b).open("ab") as file:
+                records[ends[b] : ends[b + 1]].tofile(file)
+
+    def begin_merge(self, indptr: NDArray[np.int64]) -> tuple[FileArray, FileArray]:
+        """Make the flat files; `merge` fills them.
+
+        Args:
+            indptr: offsets of the rows, from the number of entries added to each.
+        """
+        self._indptr = indptr
+        paths = self._folder / "indices.bin", self._folder / "values.bin"
+        dtypes = np.dtype(np.uint32), self._record["value"]
+        for path, dtype in zip(paths, dtypes, strict=True):
+            with path.open("wb") as file:
+                file.truncate(int(indptr[-1]) * dtype.itemsize)
+        return FileArray(paths[0], dtypes[0]), FileArray(paths[1], dtypes[1])
+
+    def merge(self, bucket: int) -> None:
+        """Put one bucket in order and remove its file."""
+        first = bucket * self._per_bucket
+        indptr = np.asarray(self._indptr[first : min(first + self._per_bucket, self._n_rows) + 1])
+        path = self._path(bucket)
+        if not path.exists():
+            return
+        records = np.fromfile(path, self._record)
+        n = int(indptr[-1] - indptr[0])
+        if n != len(records):
+            raise OSError(f"{path} holds {len(records)} entries of {n}: was it changed while in use?")
+        columns, values = np.empty(n, np.uint32), np.empty(n, self._record["value"])
+        # Copies, so that the kernel sees plain arrays and compiles once.
+        _place(
+            records["row"].copy(), records["column"].copy(), records["value"].copy(),
+            indptr[:-1] - indptr[0], columns, values,
+        )  # fmt: skip
+        for name, array in (("indices.bin", columns), ("values.bin", values)):
+            with (self._folder / name).open("r+b") as file:
+                file.seek(int(indptr[0]) * array.dtype.itemsize)
+                array.tofile(file)
+        os.remove(path)
+
+    def _path(self, bucket: int) -> Path:
+        return self._folder / f"bucket-{bucket:04d}.bin"
+
+
+@numba.njit(nogil=True, cache=True)
+def _place(rows, columns, values, cursor, out_columns, out_values):  # type: ignore[no-untyped-def]
+    for k in range(len(rows)):
+        at = cursor[rows[k]]
+        out_columns[at] = columns[k]
+        out_values[at] = values[k]
+        cursor[rows[k]] = at + 1
