@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pandas as pd
 
@@ -64,3 +65,29 @@ def to_frames(records: Sequence[EpochRecord]) -> dict[str, pd.DataFrame]:
         for name in names
     }
     return {name: frame for name, frame in frames.items() if frame[name].notna().any()}
+
+
+class CsvLog:
+    """Writes each epoch as a line of CSV, so that a run can be watched and read after it was stopped.
+
+    Args:
+        path: the file.
+        append: keep the epochs that are there, up to the first one that comes again.
+    """
+
+    def __init__(self, path: Path, *, append: bool) -> None:
+        self.path = path
+        self.header = ",".join(field.name for field in fields(EpochRecord))
+        self.lines: list[str] = []
+        if append and path.is_file():
+            self.lines = path.read_text().splitlines()[1:]
+
+    def __call__(self, record: EpochRecord) -> None:
+        """Write the file with this epoch as its last."""
+        values = [getattr(record, field.name) for field in fields(EpochRecord)]
+        kept = [line for line in self.lines if int(line.split(",", 1)[0]) < record.epoch]
+        self.lines = [*kept, ",".join("" if value is None else f"{value:.8g}" for value in values)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.new")
+        partial.write_text("\n".join([self.header, *self.lines, ""]))
+        partial.replace(self.path)

@@ -1,0 +1,293 @@
+"""The command `atlasvi`. Each command opens, asks and writes; what it does is in the library."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="atlasvi",
+    help="Probabilistic models of single-cell counts, for atlases that do not fit in memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(help="Seed: the same one gives the same result.")]
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say which choices were made.")] = False,
+) -> None:
+    """Options of every command."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+@app.command()
+def ingest(
+    inputs: Annotated[list[Path], typer.Argument(help=".h5ad, AnnData .zarr, 10x .h5, or a Matrix Market folder.")],
+    out: Out,
+    layer: Annotated[Optional[str], typer.Option(help="Where the counts are: a layer, or 'raw'; default X.")] = None,
+    join: Annotated[str, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")] = "inner",
+    var_key: Annotated[Optional[str], typer.Option(help="Column of var to join genes by; default their names.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Write cells in random order.")] = False,
+    seed: Seed = 0,
+    input_key: Annotated[str, typer.Option(help="Column of obs that names the input of a cell.")] = "input",
+    make_unique: Annotated[bool, typer.Option("--make-unique", help="Rename duplicate genes and cells.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make an atlas: one AnnData Zarr store from one or many files, in bounded memory.
+
+    Example: atlasvi ingest donor1.h5ad donor2.h5ad -o atlas.zarr --shuffle
+    """
+    from atlasvi.progress import bar
+    from atlasvi.store.ingest import ingest as run
+
+    with _steps() as step:
+        report = run(
+            [str(path) for path in inputs], out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
+            seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, progress=step,
+        )  # fmt: skip
+    del bar
+    typer.echo(f"{report.n_obs:,} cells x {report.n_vars:,} genes, {report.nnz:,} non-zeros -> {out}")
+    for left in report.left_out:
+        typer.echo(f"left out: {left}")
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="An atlas or a model folder.")],
+) -> None:
+    """Show what is in an atlas or a model.
+
+    Example: atlasvi info atlas.zarr
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, read_description
+
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    if (path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_dir():
+        description = read_description(path)
+        fields, records = description["fields"], description["records"]
+        table.add_row("model", description["model"])
+        table.add_row("genes", f"{len(fields['var_names']):,}")
+        table.add_row("batches", _names(fields["batch_categories"]) if fields["batch_key"] else "none")
+        for key, value in description["config"].items():
+            table.add_row(key, str(value))
+        table.add_row("epochs", str(len(records)))
+        if records:
+            table.add_row("-ELBO, training", f"{records[-1]['elbo_train']:,.1f} nats a cell")
+            if records[-1]["elbo_validation"] is not None:
+                table.add_row("-ELBO, validation", f"{records[-1]['elbo_validation']:,.1f} nats a cell")
+        console.print(table)
+        return
+
+    import pandas as pd
+
+    from atlasvi.store.atlas import open as open_atlas
+
+    with open_atlas(path) as atlas:
+        table.add_row("cells", f"{atlas.n_obs:,}")
+        table.add_row("genes", f"{atlas.n_vars:,}")
+        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+        table.add_row("on disk", f"{size / 2**20:,.1f} MiB")
+        table.add_row("decoded", f"{atlas.bytes_per_row * atlas.n_obs / 2**20:,.1f} MiB")
+        for key in atlas.obs_keys:
+            column = atlas.obs_column(key)
+            what = (
+                f"{len(column.categories)} levels: {_names(list(column.categories))}"
+                if isinstance(column, pd.Categorical)
+                else str(column.dtype)
+            )
+            table.add_row(f"obs {key}", what)
+        for key in atlas.var_keys:
+            table.add_row(f"var {key}", str(atlas.var_column(key).dtype))
+    console.print(table)
+
+
+@app.command()
+def train(
+    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    out: Out,
+    batch_key: Annotated[Optional[str], typer.Option(help="Column of obs with the batch to remove.")] = None,
+    labels_key: Annotated[Optional[str], typer.Option(help="Column of obs with labels.")] = None,
+    layer: Annotated[Optional[str], typer.Option(help="Where the counts are; default X.")] = None,
+    size_factor_key: Annotated[Optional[str], typer.Option(help="Column of obs with size factors.")] = None,
+    categorical_covariate: Annotated[Optional[list[str]], typer.Option(help="A further column to remove.")] = None,
+    continuous_covariate: Annotated[Optional[list[str]], typer.Option(help="A further column to remove.")] = None,
+    gene_mask: Annotated[
+        str, typer.Option(help="Boolean column of var that chooses genes; 'auto' or 'none'.")
+    ] = "auto",
+    likelihood: Annotated[str, typer.Option(help="zinb, nb, zip or poisson.")] = "zinb",
+    dispersion: Annotated[str, typer.Option(help="gene, gene-batch, gene-label or gene-cell.")] = "gene",
+    n_latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
+    n_hidden: Annotated[int, typer.Option(help="Width of hidden layers.")] = 128,
+    n_layers: Annotated[int, typer.Option(help="Hidden layers.")] = 1,
+    paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
+    max_epochs: Annotated[Optional[int], typer.Option(help="Passes over the cells; default by their number.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    kl_warmup_epochs: Annotated[int, typer.Option(help="Epochs over which the KL weight rises to 1.")] = 400,
+    train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
+    early_stopping: Annotated[bool, typer.Option("--early-stopping", help="Stop when validation stalls.")] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    seed: Seed = 0,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints; 0: each epoch.")] = 60.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train scVI on an atlas, streamed from disk.
+
+    Writes a model folder, with a log of the ELBO terms (history.csv) and a checkpoint to resume from.
+
+    Example: atlasvi train atlas.zarr -o model --batch-key donor
+    """
+    from atlasvi.errors import ModelError
+    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, LOG
+    from atlasvi.models.scvi import SCVI
+    from atlasvi.store.atlas import open as open_atlas
+    from atlasvi.train.history import CsvLog
+
+    if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
+        raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
+    data = open_atlas(path=atlas, layer=layer)
+    SCVI.setup_anndata(
+        data, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
+        categorical_covariate_keys=categorical_covariate, continuous_covariate_keys=continuous_covariate,
+        gene_mask=None if gene_mask == "none" else gene_mask,
+    )  # fmt: skip
+    model = SCVI(
+        data, n_hidden, n_latent, n_layers, dispersion=dispersion, gene_likelihood=likelihood, seed=seed,
+        use_observed_lib_size=not paper, encode_covariates=paper,
+    )  # fmt: skip
+    model.train(
+        max_epochs, accelerator, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
+        plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
+        checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
+        on_epoch=CsvLog(out / LOG, append=resume),
+    )  # fmt: skip
+    model.save(out, overwrite=True)
+    last = model.records[-1]
+    held_out = "" if last.elbo_validation is None else f", {last.elbo_validation:,.1f} on held-out cells"
+    typer.echo(f"{len(model.records)} epochs, -ELBO {last.elbo_train:,.1f}{held_out} -> {out}")
+
+
+@app.command()
+def latent(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    out: Annotated[
+        Optional[Path], typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default ATLAS.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="Key of obsm.")] = "X_scVI",
+) -> None:
+    """Write each cell's latent into obsm["X_scVI"], from where scanpy goes on.
+
+    Example: atlasvi latent model atlas.zarr
+    """
+    from atlasvi.infer.write import write_latent
+    from atlasvi.models.scvi import SCVI
+    from atlasvi.progress import bar
+
+    trained = SCVI.load(model, atlas)
+    with bar("latent", trained.atlas.n_obs, "cells") as advance:
+        write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
+    typer.echo(f"obsm[{key!r}]: {trained.atlas.n_obs:,} cells x {trained.config.n_latent} -> {out or atlas}")
+
+
+@app.command()
+def decode(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    out: Out,
+    genes: Annotated[Optional[list[str]], typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")] = None,
+    transform_batch: Annotated[Optional[list[str]], typer.Option(help="Decode as this batch; several are averaged.")] = None,
+    library_size: Annotated[str, typer.Option(help="rho is multiplied by it: a number, or 'latent'.")] = "1",
+    n_samples: Annotated[int, typer.Option(help="Draws of z averaged over.")] = 1,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write normalised expression rho, chunk by chunk, as an AnnData Zarr store.
+
+    Example: atlasvi decode model atlas.zarr -o rho.zarr -g CD3E -g MS4A1
+    """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.write import write_expression
+    from atlasvi.models.scvi import SCVI
+    from atlasvi.progress import bar
+
+    try:
+        library: float | str = library_size if library_size == "latent" else float(library_size)
+    except ValueError:
+        raise OptionError(f"--library-size {library_size!r} is neither a number nor 'latent'") from None
+    trained = SCVI.load(model, atlas)
+    rho = trained.expression(
+        genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples, seed=seed
+    )
+    with bar("decode", rho.shape[0], "cells") as advance:
+        names = list(genes or trained.fields.var_names)
+        write_expression(rho, trained.atlas.obs_names, names, out, overwrite=overwrite, advance=advance)
+    typer.echo(f"rho: {rho.shape[0]:,} cells x {rho.shape[1]:,} genes -> {out}")
+
+
+@app.command()
+def demo(
+    out: Out,
+    cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,
+    genes: Annotated[int, typer.Option(help="Genes to simulate.")] = 2_000,
+    epochs: Annotated[int, typer.Option(help="Passes over the cells.")] = 15,
+    seed: Seed = 0,
+) -> None:
+    """Simulate an atlas with known truth, train on it, and leave a report to look at.
+
+    Example: atlasvi demo -o demo
+    """
+    from atlasvi.demo import run
+
+    report = run(out, n_obs=cells, n_vars=genes, max_epochs=epochs, seed=seed)
+    typer.echo(f"report: {report}")
+
+
+def _names(levels: list[Any], at_most: int = 8) -> str:
+    shown = ", ".join(map(str, levels[:at_most]))
+    return shown if len(levels) <= at_most else f"{shown}, ... ({len(levels)} in all)"
+
+
+def main() -> None:
+    """Run the command: one line for an error made on purpose, exit code 1; 130 after Ctrl-C."""
+    from atlasvi.errors import AtlasviError
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        app()
+    except AtlasviError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; what was written before is whole", file=sys.stderr)
+        # Threads that are decoding ahead must not hold the exit up.
+        sys.stderr.flush()
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

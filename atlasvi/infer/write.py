@@ -1,0 +1,149 @@
+"""Latents and expression on disk, block by block, as AnnData reads them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from atlasvi.errors import CellsError, OptionError, SpaceError, StoreError
+from atlasvi.files import replacing_folder
+from atlasvi.progress import Advance
+from atlasvi.store.atlas import Atlas
+from atlasvi.store.atlas import open as open_atlas
+from atlasvi.store.frame import create_array, to_strings, write_frame
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+_ENCODING = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+
+
+def write_latent(
+    blocks: Iterable[NDArray[np.float32]],
+    atlas: Atlas,
+    n_latent: int,
+    out: Path | None,
+    key: str,
+    advance: Advance,
+) -> None:
+    """Write latents into ``obsm[key]`` of the atlas, or of an h5ad of the same cells.
+
+    Args:
+        blocks: ``(rows, n_latent)`` each, in the order of the cells.
+        atlas: whose cells they are.
+        n_latent: dimensions.
+        out: an ``.h5ad``, or another store; the atlas itself when ``None``.
+        key: of obsm.
+        advance: told the number of cells so far.
+
+    Raises:
+        OptionError: ``out`` is not an h5ad or a store.
+        CellsError: its cells are not the atlas's.
+    """
+
+    def counted() -> Iterator[NDArray[np.float32]]:
+        done = 0
+        for block in blocks:
+            yield block
+            done += len(block)
+            advance(done, "")
+
+    path = out or atlas.path
+    if path is None or not path.exists():
+        raise OptionError(f"there is no {str(path)!r} to write obsm[{key!r}] into; name an atlas or an .h5ad")
+    if out is not None:
+        with open_atlas(path) as target:
+            _check_cells(target, atlas)
+    if path.suffix != ".h5ad":
+        target = atlas if out is None else open_atlas(path)
+        target.write_obsm(key, counted(), n_latent)
+        return
+    # HDF5 cannot be read and written at once: the latents (40 bytes a cell) wait for the reading to end.
+    latents = np.concatenate(list(counted()))
+    atlas.close()
+    with h5py.File(path, "r+") as file:
+        obsm = file.require_group("obsm")
+        partial = f".{key}.new"
+        if partial in obsm:
+            del obsm[partial]
+        array = obsm.create_dataset(partial, data=latents)
+        array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
+        if key in obsm:
+            del obsm[key]
+        obsm.move(partial, key)
+
+
+def _check_cells(target: Atlas, atlas: Atlas) -> None:
+    if target.n_obs != atlas.n_obs or not np.array_equal(target.obs_names, atlas.obs_names):
+        raise CellsError(
+            f"{target.name} has {target.n_obs:,} cells and {atlas.name} {atlas.n_obs:,}, or in another order; "
+            "latents are written to the cells they are of"
+        )
+
+
+def write_expression(
+    rho: da.Array,
+    obs_names: NDArray[np.generic],
+    var_names: list[str],
+    out: Path,
+    *,
+    overwrite: bool,
+    advance: Advance,
+) -> None:
+    """Compute a lazy array chunk by chunk into an AnnData Zarr store with it as X.
+
+    Args:
+        rho: cells x genes; chunks of rows.
+        obs_names: names of the cells.
+        var_names: names of the genes.
+        out: the store.
+        overwrite: replace what is there.
+        advance: told the number of cells so far.
+
+    Raises:
+        StoreError: there is something already.
+        SpaceError: the disk is full; nothing is left behind.
+    """
+    import dask
+
+    if out.exists() and not overwrite:
+        raise StoreError(f"there is a {str(out)!r} already; pass --overwrite, or name another place")
+    if out.exists() and not (out / "zarr.json").exists() and not (out / ".zgroup").exists():
+        raise StoreError(f"{str(out)!r} is not a Zarr store and will not be replaced; name another place")
+    with replacing_folder(out) as new:
+        group = zarr.open_group(new, mode="w", zarr_format=3, attributes=_ENCODING)
+        for part in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+            group.create_group(part, attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
+        write_frame(group, "obs", rho.shape[0])["_index"][...] = obs_names
+        write_frame(group, "var", rho.shape[1])["_index"][...] = to_strings(var_names)
+        array = create_array(group, "X", rho.shape, np.float32, max(rho.chunks[0][0], 1))
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        done = [0]
+        starts = np.concatenate([[0], np.cumsum(rho.chunks[0])])
+
+        def put(block: NDArray[np.float32], index: int) -> None:
+            array[starts[index] : starts[index + 1]] = block
+            done[0] += len(block)
+            advance(done[0], "")
+
+        try:
+            # A task decodes a chunk and writes it, so no more chunks exist than there are threads.
+            tasks = [dask.delayed(put)(block, i) for i, block in enumerate(rho.to_delayed().ravel())]
+            dask.compute(*tasks, scheduler="threads")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise SpaceError(
+                    f"no space left to write {str(out)!r} ({rho.nbytes / 2**30:.1f} GiB before compression); "
+                    "free some, or ask for fewer genes"
+                ) from error
+            raise
+
+
+__all__ = ["write_expression", "write_latent"]
