@@ -171,12 +171,12 @@ class Atlas:
     @property
     def obs_names(self) -> NDArray[Any]:
         """``(n_obs,)`` names of the cells, numpy ``StringDType``."""
-        return _take(self._source.obs_names, self._rows)
+        return _take_names(self._source.obs_names, self._rows)
 
     @property
     def var_names(self) -> NDArray[Any]:
         """``(n_vars,)`` names of the genes, numpy ``StringDType``."""
-        return _take(self._source.var_names, self._columns)
+        return _take_names(self._source.var_names, self._columns)
 
     @property
     def obs_keys(self) -> list[str]:
@@ -455,6 +455,10 @@ def _compose(
 
 def _take(values: Any, at: NDArray[np.int64] | None) -> Any:
     return values if at is None else values[at]
+
+
+def _take_names(names: NDArray[Any], at: NDArray[np.int64] | None) -> NDArray[Any]:
+    return names if at is None else names[at]
 
 
 def _for_pandas(column: Any) -> Any:

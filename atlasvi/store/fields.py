@@ -154,14 +154,14 @@ def match_genes(names: Sequence[str], atlas: Atlas) -> NDArray[np.int64]:
                 "make gene names unique: adata.var_names_make_unique()"
             )
         have = have.where(~have.duplicated(), None)
-    columns = have.get_indexer(want)
+    columns: NDArray[np.int64] = np.asarray(have.get_indexer(want), np.int64)
     missing = want[columns < 0]
     if len(missing):
         raise GenesError(
             f"{atlas.name} lacks {len(missing)} of the model's {len(want)} genes: {_some(missing)}; "
             "give data with all of them, under the same names"
         )
-    return columns.astype(np.int64)
+    return columns
 
 
 def uns_entry(field_map: FieldMap) -> str:
@@ -235,7 +235,7 @@ def _codes(atlas: Atlas, key: str | None, known: tuple[str, ...]) -> NDArray[Any
     codes, levels = _factorize(atlas, key)
     code_of = {level: code for code, level in enumerate(known)}
     translated = np.array([code_of.get(level, -1) for level in levels], dtype)
-    result = translated[codes]
+    result: NDArray[Any] = translated[codes]
     unseen = np.flatnonzero(result < 0)
     if len(unseen):
         names = list(dict.fromkeys(levels[code] for code in np.unique(codes[unseen])))
@@ -292,7 +292,7 @@ def _numbers(atlas: Atlas, key: str, *, positive: bool = False) -> NDArray[np.fl
         except (ValueError, TypeError) as error:
             raise ObsError(f"obs column {key!r} of {atlas.name} must hold numbers: {error}") from error
     with np.errstate(over="ignore"):
-        numbers = column.astype(np.float32)
+        numbers: NDArray[np.float32] = column.astype(np.float32)
     wrong = ~np.isfinite(numbers)
     if positive:
         wrong |= ~(numbers > 0)

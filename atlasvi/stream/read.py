@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
-import dask
 import numpy as np
 from atlasvi_kernels import CSR
+from dask.base import compute
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
@@ -112,18 +114,17 @@ def _decode(
     def read_unless_stopped(start: int, end: int) -> CSR | None:
         return None if stop.is_set() else read(start, end)
 
-    task = dask.delayed(read_unless_stopped, pure=False, traverse=False)
+    # Its own pool and the threaded scheduler, whatever Dask is set to elsewhere in the process.
+    run = partial(compute, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
+    task = delayed(read_unless_stopped, pure=False, traverse=False)
     try:
         for k in range(plan.n_buffers):
             slots.acquire()
             if stop.is_set():
                 return
-            parts = list(
-                dask.compute(
-                    *[task(start, end) for start, end in plan.block_ranges(k)],
-                    scheduler="threads", pool=pool, optimize_graph=False, traverse=False,
-                )
-            )  # fmt: skip
+            tasks = [task(start, end) for start, end in plan.block_ranges(k)]
+            parts: list[CSR] = list(run(*tasks))
+            del tasks
             if stop.is_set():
                 return
             ready.put(_buffer(parts, plan, k))
