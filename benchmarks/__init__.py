@@ -1,0 +1,1 @@
+"""Measurements of atlasvi and of its peers."""
