@@ -227,7 +227,7 @@ def _train(module: Any, tensors: dict[str, Any], data: Arrays) -> dict[str, Any]
 
 
 def build(case: dict[str, Any], data: Arrays, rng: np.random.Generator) -> Arrays:
-    """Every array of a case: ``weights/`` and ``eval/``, if asked ``train/``, ``gradient/`` and ``after/`` too."""
+    """Every array of a case: ``weights/`` and ``eval/``; for a training case three more groups."""
     from scvi.model import SCVI
 
     adata = _anndata(data)
