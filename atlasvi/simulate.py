@@ -232,6 +232,10 @@ class Simulation:
             return self._truth.shape.astype(np.float32)
         raise OptionError(f"column {key!r} is not in var of {self.name}; it has {', '.join(self.var_keys)}")
 
+    def markers(self, n_each: int | None = None) -> NDArray[np.int64]:
+        """Numbers of the marker genes, type by type: all, or at most ``n_each`` of each type."""
+        return np.concatenate([np.flatnonzero(self._marker_of == t)[:n_each] for t in range(self.n_types)])
+
     def close(self) -> None:
         """Nothing is open."""
 
