@@ -100,7 +100,7 @@ def write_column(group: Any, key: str, values: Any) -> None:
     if isinstance(values, pd.Categorical):
         _write_categorical(group.create_group(key), values)
     elif isinstance(values, np.ndarray) and values.dtype.kind in "biufc":
-        write_array(group, key, values, "array")
+        write_plain(group, key, values, CHUNK, "array")
     elif isinstance(values, np.ndarray) and values.dtype.kind in "TU":
         _string_array(group, key, len(values))[...] = values.astype(STRING)
     elif isinstance(values, (pd.arrays.IntegerArray, pd.arrays.FloatingArray, pd.arrays.BooleanArray)):
@@ -110,14 +110,13 @@ def write_column(group: Any, key: str, values: Any) -> None:
     group.attrs["column-order"] = [*group.attrs["column-order"], key]
 
 
-def write_array(group: Any, key: str, values: NDArray[Any], encoding: str) -> Any:
-    """A numeric array with AnnData's attributes, chunked by rows."""
-    width = max(1, int(np.prod(values.shape[1:])))
-    out = create_array(group, key, values.shape, values.dtype, max(1, CHUNK // width))
-    if values.size:
-        out[...] = values
-    out.attrs.update({"encoding-type": encoding, "encoding-version": "0.2.0"})
-    return out
+def write_plain(group: Any, key: str, values: NDArray[Any], rows: int, encoding: str | None = None) -> None:
+    """A numeric array, ``rows`` rows a chunk and a copy, with AnnData's attributes if it is to have them."""
+    out = create_array(group, key, values.shape, values.dtype, rows)
+    for start in range(0, len(values), rows):
+        out[start : start + rows] = np.asarray(values[start : start + rows])
+    if encoding is not None:
+        out.attrs.update({"encoding-type": encoding, "encoding-version": "0.2.0"})
 
 
 def create_array(group: Any, key: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
@@ -136,10 +135,10 @@ def _write_categorical(group: Any, values: pd.Categorical) -> None:
     group.attrs.update(
         {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": bool(values.ordered)}
     )
-    write_array(group, "codes", np.asarray(values.codes), "array")
+    write_plain(group, "codes", np.asarray(values.codes), CHUNK, "array")
     categories = np.asarray(values.categories)
     if categories.dtype.kind in "biuf":
-        write_array(group, "categories", categories, "array")
+        write_plain(group, "categories", categories, CHUNK, "array")
     else:
         _string_array(group, "categories", len(categories))[...] = to_strings(categories)
 
@@ -150,5 +149,5 @@ def _write_nullable(group: Any, values: Any) -> None:
         raise TypeError(f"nullable column of type {values.dtype}")
     group.attrs.update({"encoding-type": f"nullable-{kind}", "encoding-version": "0.1.0"})
     mask = np.asarray(values.isna())
-    write_array(group, "values", values.to_numpy(values.dtype.numpy_dtype, na_value=0), "array")
-    write_array(group, "mask", mask, "array")
+    write_plain(group, "values", values.to_numpy(values.dtype.numpy_dtype, na_value=0), CHUNK, "array")
+    write_plain(group, "mask", mask, CHUNK, "array")

@@ -236,7 +236,7 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
         raise CorruptError(f"{str(path)!r} does not begin as a Matrix Market file; copy it again") from error
     if words[:3] != ["%%matrixmarket", "matrix", "coordinate"] or words[3] not in ("integer", "real"):
         raise OptionError(
-            f"{str(path)!r} is a {' '.join(words[1:])!r}; counts must be 'matrix coordinate integer' or 'real'"
+            f"{str(path)!r} is a {' '.join(words[1:])!r}; it must be a 'matrix coordinate integer' or 'real'"
         )
     return (n_rows, n_columns), nnz
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def open_source(
     return _open_hdf5(path, layer)
 
 
-def _as_it_is(source: Source, layer: str | None) -> Source:
-    if layer is not None and layer != source.layer:
-        return source.other(layer)
-    return source
+def _as_it_is(what: Any, layer: str | None) -> Source:
+    if not isinstance(what, Source):
+        what = OtherSource(what)
+    return what if layer is None or layer == what.layer else what.other(layer)
 
 
 def _open_folder(path: Path, layer: str | None, scratch: Path | None) -> Source:
@@ -136,6 +137,76 @@ def _matrix_place(layer: str | None, layers: list[str], has_raw: bool, name: str
     known = [*(repr(key) for key in layers), *(["'raw'"] if has_raw else [])]
     choice = f"there are {', '.join(known)}, or leave layer out for X" if known else "leave layer out for X"
     raise OptionError(f"{name!r} has no layer {layer!r}; {choice}")
+
+
+class OtherSource(Source):
+    """Any object with the properties and methods of a `Source`, without being one.
+
+    It must have ``name``, ``shape``, ``obs_names``, ``var_names`` and ``read_rows``; columns of obs and var
+    and ``read_names`` are used where they are there.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.layer = getattr(inner, "layer", None)
+
+    @property
+    def name(self) -> str:
+        """Its own name."""
+        return str(self._inner.name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        n_obs, n_vars = self._inner.shape
+        return int(n_obs), int(n_vars)
+
+    @property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows, if it knows them."""
+        return getattr(self._inner, "indptr", None)
+
+    @cached_property
+    def _names(self) -> NDArray[Any]:
+        return frame.to_strings(self._inner.obs_names)
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Names of the cells."""
+        return self._names
+
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Names of some cells."""
+        read = getattr(self._inner, "read_names", None)
+        return self._names[start:stop] if read is None else frame.to_strings(read(start, stop))
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Names of the genes."""
+        return frame.to_strings(self._inner.var_names)
+
+    @property
+    def obs_keys(self) -> list[str]:
+        """Columns of obs."""
+        return list(getattr(self._inner, "obs_keys", ()))
+
+    def obs_column(self, key: str) -> Any:
+        """One column of obs."""
+        return frame.plain_column(self._inner.obs_column(key))
+
+    @property
+    def var_keys(self) -> list[str]:
+        """Columns of var."""
+        return list(getattr(self._inner, "var_keys", ()))
+
+    def var_column(self, key: str) -> Any:
+        """One column of var."""
+        return frame.plain_column(self._inner.var_column(key))
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        rows: CSR = self._inner.read_rows(start, stop)
+        return rows
 
 
 class GroupSource(Source):
@@ -455,4 +526,4 @@ class TenxSource(Source):
         self._file.close()
 
 
-__all__ = ["AnnDataSource", "GroupSource", "Source", "TenxSource", "open_source"]
+__all__ = ["AnnDataSource", "GroupSource", "OtherSource", "Source", "TenxSource", "open_source"]

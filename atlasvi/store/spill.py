@@ -29,7 +29,7 @@ class FileArray:
         self.shape = (self._n,)
 
     def __len__(self) -> int:
-        return self._n
+        return int(self._n)
 
     def __getitem__(self, rows: slice | EllipsisType) -> NDArray[Any]:
         start, stop, _ = (slice(None) if rows is Ellipsis else rows).indices(self._n)
@@ -40,7 +40,12 @@ def disk_array(path: Path, n: int, dtype: Any) -> NDArray[Any]:
     """An array of zeros that lives in a file: its pages are the system's to write out, not the heap's."""
     if n == 0:
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="w+", shape=(n,))
+    zeros = np.zeros(min(n, 1 << 16), dtype)
+    with path.open("wb") as file:
+        # Written, not only sized: a full disk is then an error here and not a bus error at some later store.
+        for start in range(0, n, len(zeros)):
+            zeros[: n - start].tofile(file)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(n,))
 
 
 class Spill:
@@ -72,6 +77,11 @@ class Spill:
         for b in np.flatnonzero(np.diff(ends)).tolist():
             with self._locks[b % len(self._locks)], self._path(b).open("ab") as file:
                 records[ends[b] : ends[b + 1]].tofile(file)
+
+    def rows_per_bucket(self) -> list[int]:
+        """Number of rows of each bucket."""
+        starts = range(0, self._n_rows, self._per_bucket)
+        return [min(self._per_bucket, self._n_rows - start) for start in starts]
 
     def begin_merge(self, indptr: NDArray[np.int64]) -> tuple[FileArray, FileArray]:
         """Make the flat files; `merge` fills them.
