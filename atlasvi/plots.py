@@ -440,7 +440,7 @@ def _densest(points: NDArray[Any], size: int) -> NDArray[Any]:
     peak = (np.array(np.unravel_index(smooth.argmax(), smooth.shape)) + 0.5) * size / 20
     near = np.abs(points - peak).max(1) <= size / 10
     if not near.any():
-        return peak
+        return np.asarray(peak)
     x, y = points[near].mean(0)
     # A name would hide a small class: it goes above.
     top = points[near, 1].min()

@@ -645,6 +645,9 @@ font:.88rem/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",mo
 @media (max-width:760px){main{padding:32px 18px 64px}section{margin-top:52px}
 .wide-left{grid-template-columns:minmax(0,1fr);gap:24px}.figures{gap:18px 34px}
 th,td{padding-right:12px}.bar{min-width:76px}thead th{white-space:normal;vertical-align:bottom}
-thead small{display:block}.text{min-width:11em}}
+thead small{display:block}.costs thead th:last-child{display:none}
+.costs tr{display:grid;grid-template-columns:1.1fr 1fr 1fr;border-bottom:1px solid var(--grid);padding:10px 0}
+.costs th,.costs td{border:0;padding-block:0;white-space:normal}.costs .text{grid-column:1/-1;width:auto;
+padding-top:6px;font-size:.92rem}}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """
