@@ -445,13 +445,13 @@ class CountModel(Generic[Config, Module]):
         seed: int = 0,
         **unsupported: object,
     ) -> Any:
-        """``{"reconstruction_loss": log p(x|z)}`` in nats a cell, negated as scvi-tools has it.
+        """``{"reconstruction_loss": -log p(x|z)}`` in nats a cell (lower is better), as in scvi-tools.
 
         Arguments are those of `get_elbo`.
         """
         refuse("get_reconstruction_error", unsupported)
         terms = self._terms(adata, indices, batch_size, seed)
-        loss = -torch.cat([term.reconstruction for term in terms]).double()
+        loss = torch.cat([term.reconstruction for term in terms]).double()
         return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
 
     def expression(

@@ -35,19 +35,22 @@ class InputLinear(nn.Module):
     Args:
         n_in: width of ``x``.
         n_out: width of ``y``.
-        n_levels: number of levels of each categorical covariate added here.
+        n_levels: number of levels of each categorical covariate added here; one level says nothing
+            and gets no row, as in scvi-tools.
         n_continuous: number of continuous covariates added here.
     """
 
     def __init__(self, n_in: int, n_out: int, n_levels: tuple[int, ...] = (), n_continuous: int = 0) -> None:
         super().__init__()
-        n_extra = n_continuous + sum(n_levels)
+        self.used = [i for i, n in enumerate(n_levels) if n > 1]
+        sizes = [n_levels[i] for i in self.used]
+        n_extra = n_continuous + sum(sizes)
         self.n_continuous = n_continuous
         # (n_in, n_out), a row for each input: a non-zero count touches one line of memory.
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
         self.covariate_weight = nn.Parameter(torch.empty(n_extra, n_out)) if n_extra else None
-        offsets = torch.tensor([n_continuous, *n_levels[:-1]] if n_levels else [], dtype=torch.int64)
+        offsets = torch.tensor([n_continuous, *sizes[:-1]] if sizes else [], dtype=torch.int64)
         self.register_buffer("offsets", offsets.cumsum(0), persistent=False)
         bound = 1 / math.sqrt(n_in + n_extra)
         for parameter in self.parameters():
@@ -63,8 +66,9 @@ class InputLinear(nn.Module):
             return y
         if self.n_continuous:
             y = y + covariates.continuous @ self.covariate_weight[: self.n_continuous]
-        if len(self.offsets):
-            y = y + F.embedding(covariates.codes + self.offsets, self.covariate_weight).sum(1)
+        if self.used:
+            rows = covariates.codes[:, self.used] + self.offsets
+            y = y + F.embedding(rows, self.covariate_weight).sum(1)
         return y
 
 

@@ -248,7 +248,8 @@ class Atlas:
     def _find_genes(self, genes: Genes) -> NDArray[np.int64] | slice:
         if isinstance(genes, str):
             genes = [genes]
-        if not isinstance(genes, slice) and len(genes) and isinstance(np.asarray(genes).ravel()[0], str):
+        is_names = not isinstance(genes, slice) and np.asarray(genes).dtype.kind in "UTO"
+        if is_names and np.size(genes):
             found: NDArray[np.int64] | slice = match_genes([str(gene) for gene in genes], self)
         else:
             found = _positions(genes, self.n_vars, "genes", GenesError)

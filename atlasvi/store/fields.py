@@ -252,13 +252,15 @@ def _factorize(atlas: Atlas, key: str) -> tuple[NDArray[Any], list[str]]:
     column = _column(atlas, key)
     if isinstance(column, pd.Categorical):
         codes, values = column.codes, column.categories
-    else:
-        if not isinstance(column, np.ndarray) or column.dtype.kind in "OT":
-            # A column may mix text and numbers, which do not sort: sort what they read as.
-            mixed = np.asarray(column, dtype=object)
-            _refuse_gaps(atlas, key, np.flatnonzero(pd.isna(mixed)))
-            column = np.array([as_level(value) for value in mixed], dtype=object)
+    elif isinstance(column, np.ndarray) and column.dtype.kind not in "OT":
         codes, values = pd.factorize(column, sort=True)
+    else:
+        # A column may mix text and numbers, which do not sort: sort what they read as.
+        codes, values = pd.factorize(np.asarray(column, dtype=object))
+        order = sorted(range(len(values)), key=lambda at: as_level(values[at]))
+        rank = np.empty(len(values) + 1, np.int64)
+        rank[order], rank[-1] = np.arange(len(values)), -1
+        codes, values = rank[codes], values[order]
     _refuse_gaps(atlas, key, np.flatnonzero(codes < 0))
     return codes, [as_level(value) for value in values]
 
