@@ -41,9 +41,10 @@ def atlases(counts, tmp_path_factory):
     adata = anndata.AnnData(counts)
     adata.write_h5ad(folder / "a.h5ad")
     with anndata.settings.override(zarr_write_format=3), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # zarr on consolidated metadata, anndata on sharding
+        # zarr on consolidated metadata, anndata on sharding, ingest on cells without counts
+        warnings.simplefilter("ignore", UserWarning)
         adata.write_zarr(folder / "a.zarr")
-    ingest(adata, folder / "ours.zarr")
+        ingest(adata, folder / "ours.zarr")
     lazy_x = anndata.experimental.read_elem_lazy(zarr.open_group(folder / "a.zarr", mode="r")["X"])
     opened = {
         "memory": Atlas.from_anndata(adata),
