@@ -399,7 +399,7 @@ def _fit(xy: NDArray[Any], size: int, *, pad: int) -> NDArray[Any]:
     low, high = xy.min(0), xy.max(0)
     scale = (size - 2 * pad) / max(float((high - low).max()), 1e-12)
     centred = (xy - (low + high) / 2) * scale
-    return centred * np.array([1.0, -1.0]) + size / 2
+    return np.asarray(centred * np.array([1.0, -1.0]) + size / 2)
 
 
 def _class_names(

@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ import pandas as pd
 
 from . import plots
 from .errors import CellsError, OptionError, StoreError
+from .memory import Watch
 from .metrics import DecodeCheck, LatentScores, subsample
 
 if TYPE_CHECKING:
@@ -49,10 +47,7 @@ class StepCost:
 
 
 class Stopwatch:
-    """Times steps, and on Linux takes their peak memory, for the table of a report.
-
-    Memory is what the whole process holds in RAM, looked at fifty times a second; elsewhere than on
-    Linux it is not measured.
+    """Times steps and takes their peak memory (anonymous, of the whole process), for a report's table.
 
     Example:
         >>> watch = Stopwatch()
@@ -73,22 +68,9 @@ class Stopwatch:
     @contextmanager
     def step(self, name: str, note: str = "") -> Iterator[None]:
         """Time what is done within; a step that fails is not kept."""
-        peak, ended = [_resident_bytes()], threading.Event()
-
-        def look() -> None:
-            while not ended.wait(0.02):
-                peak.append(max(peak.pop(), _resident_bytes()))
-
-        thread = threading.Thread(target=look, name="atlasvi-stopwatch", daemon=True)
-        start = time.perf_counter()
-        thread.start()
-        try:
+        with Watch() as watch:
             yield
-        finally:
-            seconds = time.perf_counter() - start
-            ended.set()
-            thread.join()
-        self._steps.append(StepCost(name, seconds, max(peak[0], _resident_bytes()) or None, note))
+        self._steps.append(StepCost(name, watch.seconds, watch.peak_bytes, note))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,14 +314,6 @@ def package_versions(*names: str) -> tuple[tuple[str, str], ...]:
     """``(name, version)`` of Python and of installed packages; by default those that decide results."""
     names = names or ("atlasvi", "torch", "numba", "numpy", "scikit-learn", "zarr", "anndata")
     return ("Python", platform.python_version()), *((name, version(name)) for name in names)
-
-
-def _resident_bytes() -> int:
-    """What the process holds in RAM; 0 where that cannot be asked."""
-    if sys.platform != "linux":
-        return 0
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write(path: Path, text: str) -> Path:
