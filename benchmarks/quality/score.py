@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from benchmarks.quality.splits import DATASETS, ELBO_DRAWS, RECIPE, SEEDS, SPLIT_SEED, DataSet
 
 DEFINITIONS = {
-    "elbo": f"nats a cell, full KL weight, mean over test cells and {ELBO_DRAWS} draws of z; higher is better",
+    "elbo": f"nats a cell, full KL weight: mean over test cells, {ELBO_DRAWS} draws of z, higher is better",
     "reconstruction_error": "nats a cell, -log p(x|z), same cells, as many draws; lower is better",
     "ari, nmi": "k-means (k = number of labels, n_init=20) of the latent means of all cells against labels",
     "train_seconds": "wall clock of train() on one thread, on a machine that did other things as well",
