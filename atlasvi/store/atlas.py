@@ -246,11 +246,9 @@ class Atlas:
         return _positions(rows, self.n_obs, "cells", CellsError)
 
     def _find_genes(self, genes: Genes) -> NDArray[np.int64] | slice:
-        if isinstance(genes, str):
-            genes = [genes]
-        is_names = not isinstance(genes, slice) and np.asarray(genes).dtype.kind in "UTO"
-        if is_names and np.size(genes):
-            found: NDArray[np.int64] | slice = match_genes([str(gene) for gene in genes], self)
+        names = np.asarray([genes] if isinstance(genes, str) else genes)
+        if names.dtype.kind in "UTO" and names.size and not isinstance(genes, slice):
+            found: NDArray[np.int64] | slice = match_genes([str(name) for name in names], self)
         else:
             found = _positions(genes, self.n_vars, "genes", GenesError)
         if not isinstance(found, slice) and len(np.unique(found)) < len(found):

@@ -196,7 +196,7 @@ def test_what_cannot_be_chosen_is_named(adata):
         atlas[np.array([True, False, True])]
     with pytest.raises(CellsError, match="by a slice, integers or a mask, not by float64"):
         atlas[np.array([0.5])]
-    with pytest.raises(GenesError, match="lacks 1 .* 'gene-x'"):
+    with pytest.raises(GenesError, match=r"lacks 1 .* 'gene-x'"):
         atlas[:, ["gene-1", "gene-x"]]
     with pytest.raises(GenesError, match="a gene twice"):
         atlas[:, [1, 1]]
@@ -308,7 +308,7 @@ def test_a_shard_that_is_missing_or_cut_short_is_an_error(shards, harm):
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[: 0 if harm == "empty" else -100])
-    with module.open(shards) as atlas, pytest.raises(CorruptError, match="shard .*/1"):
+    with module.open(shards) as atlas, pytest.raises(CorruptError, match=r"shard .*/1"):
         atlas.read_rows(slice(None))
 
 
