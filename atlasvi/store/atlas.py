@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-import zarr
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
-from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError, SpaceError, StoreError
+from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError
 from atlasvi.store.base import Source
 from atlasvi.store.fields import match_genes
+from atlasvi.store.obsm import write_obsm
 from atlasvi.store.sources import GroupSource, open_source
 from atlasvi.types import FieldMap
 
@@ -382,28 +378,30 @@ class Atlas:
     # --- writing --------------------------------------------------------------------------------
 
     def write_obsm(self, key: str, blocks: Iterable[Any], width: int) -> None:
-        """Write a float32 array into ``obsm[key]`` of the store on disk, block by block.
+        """Write a float32 array into ``obsm[key]`` of the store (or h5ad) on disk, block by block.
 
-        It is written beside the store and moved in when whole, so that a run that was killed leaves
-        what was there before, or nothing. ``anndata.read_zarr`` reads it as it is.
+        It is written beside and moved in when whole, so that a run that was killed leaves what was
+        there before, or nothing. ``anndata`` reads it as it is.
 
         Args:
             key: such as ``"X_scVI"``; what stands there is replaced.
             blocks: arrays or tensors ``(rows, width)``, in the order of the cells, one row each in all.
+                They may be made while reading this atlas.
             width: number of columns.
 
         Raises:
             OptionError: this is a view, or has no store on disk, or the blocks do not fit.
             SpaceError: the disk is full.
+            StoreError: it cannot be written there.
         """
-        if self._path is None or not self.is_whole or not self._path.is_dir():
+        if self._path is None or not self.is_whole:
             raise OptionError(
                 f"obsm[{key!r}] can be written to a whole store on disk, not to {self!r}; "
                 "open the store with atlasvi.open(path)"
             )
         if not key or "/" in key or "\\" in key or key.startswith("."):
             raise OptionError(f"obsm key {key!r} cannot be the name of a folder; take one such as 'X_scVI'")
-        _write_obsm(self._path, key, blocks, (self.n_obs, width))
+        write_obsm(self._path, key, blocks, (self.n_obs, width))
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -463,112 +461,3 @@ def _take_names(names: NDArray[Any], at: NDArray[np.int64] | None) -> NDArray[An
 def _for_pandas(column: Any) -> Any:
     # pandas 2 does not know numpy's StringDType.
     return column.astype(object) if isinstance(column, np.ndarray) and column.dtype.kind == "T" else column
-
-
-# --- writing obsm -----------------------------------------------------------------------------------
-
-
-def _write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
-    """Write an array beside the store, then move it in: a kill leaves the old state, or nothing there."""
-    # Not inside: AnnData would take an unknown member of the store for part of it.
-    partial = path.parent / f".{path.name}.obsm-{key}.partial"
-    _remove(partial)
-    try:
-        _fill_array(partial, blocks, shape, zarr_format=_zarr_format(path))
-        _move_in(path, partial, key)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpaceError(
-                f"no space left to write obsm[{key!r}] of {path}; free some and run it again"
-            ) from error
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"obsm[{key!r}] of {path} cannot be written: {error}; check permissions") from error
-    finally:
-        _remove(partial)
-
-
-def _fill_array(path: Path, blocks: Iterable[Any], shape: tuple[int, int], zarr_format: Any) -> None:
-    n_obs, width = shape
-    # One file holds about 4 MB, whatever the width.
-    chunk_rows = max(1, min(n_obs, (1 << 20) // max(width, 1)))
-    array = zarr.create_array(
-        store=str(path),
-        shape=shape,
-        chunks=(chunk_rows, max(width, 1)),
-        dtype="float32",
-        zarr_format=zarr_format,
-        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
-    )
-    held, n_held, row = [], 0, 0
-    for block in blocks:
-        values = np.asarray(block, dtype=np.float32)
-        if values.ndim != 2 or values.shape[1] != width:
-            raise OptionError(f"a block of {values.shape} was given where (rows, {width}) is to be written")
-        held.append(values)
-        n_held += len(values)
-        # Whole chunks at a time, so that none is written twice.
-        if n_held >= chunk_rows:
-            values = np.concatenate(held)
-            n_whole = n_held - n_held % chunk_rows
-            _put(array, row, values[:n_whole])
-            held, n_held, row = [values[n_whole:].copy()], n_held - n_whole, row + n_whole
-    if n_held:
-        _put(array, row, np.concatenate(held))
-    if row + n_held != n_obs:
-        raise OptionError(
-            f"{row + n_held} rows were given to be written for {n_obs} cells; give one row a cell"
-        )
-
-
-def _put(array: zarr.Array, row: int, values: NDArray[np.float32]) -> None:
-    if row + len(values) > array.shape[0]:
-        raise OptionError(
-            f"more rows were given to be written than the {array.shape[0]} cells; give one row a cell"
-        )
-    array[row : row + len(values)] = values
-
-
-def _move_in(path: Path, partial: Path, key: str) -> None:
-    final, old = path / "obsm" / key, partial.with_suffix(".old")
-    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-    if "obsm" not in group:
-        group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
-    # A stale copy of the metadata would hide the new array, or promise one that is not there.
-    was_consolidated = _drop_consolidated(path)
-    _remove(old)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
-    _remove(old)
-    if was_consolidated:
-        with warnings.catch_warnings():
-            # zarr warns that other implementations may not know it; AnnData writes it all the same.
-            warnings.simplefilter("ignore", category=UserWarning)
-            zarr.consolidate_metadata(str(path))
-
-
-def _drop_consolidated(path: Path) -> bool:
-    """Remove the copy of all metadata that may stand in the root; says whether there was one."""
-    if (path / ".zmetadata").exists():
-        (path / ".zmetadata").unlink()
-        return True
-    root = path / "zarr.json"
-    if not root.exists():
-        return False
-    metadata = json.loads(root.read_text())
-    if metadata.pop("consolidated_metadata", None) is None:
-        return False
-    beside = path / "zarr.json.partial"
-    beside.write_text(json.dumps(metadata))
-    os.replace(beside, root)
-    return True
-
-
-def _zarr_format(path: Path) -> int:
-    return 3 if (path / "zarr.json").exists() else 2
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)

@@ -25,7 +25,7 @@ from atlasvi.errors import (
     StoreError,
 )
 from atlasvi.store import atlas as module
-from atlasvi.store import layout
+from atlasvi.store import layout, obsm
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.base import STRING, Source
 from atlasvi.store.fields import register, resolve
@@ -414,7 +414,46 @@ def test_no_space_is_said_so(store, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "_put", full)
+    monkeypatch.setattr(obsm, "_put", full)
     with pytest.raises(SpaceError, match=r"no space left to write obsm\['X_scVI'\]"):
+        module.open(store).write_obsm("X_scVI", [np.ones((300, 4))], 4)
+    assert list(read_zarr(store).obsm) == []
+
+
+def test_obsm_of_an_h5ad(adata, tmp_path):
+    """Written while the same file is being read, as a latent is."""
+    path = tmp_path / "a.h5ad"
+    adata.obsm["X_scVI"] = np.zeros((300, 9))
+    adata.write_h5ad(path)
+    with module.open(path) as atlas:
+        totals = (counts.row_sums().numpy()[:, None] for counts, _ in atlas.iter_blocks())
+        atlas.write_obsm("X_scVI", totals, 1)
+    back = anndata.read_h5ad(path)
+    np.testing.assert_array_equal(back.obsm["X_scVI"], adata.X.sum(1))
+    pd.testing.assert_frame_equal(back.obs, adata.obs)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_an_h5ad_stays_as_it_was_when_the_blocks_fail(adata, tmp_path):
+    path = tmp_path / "a.h5ad"
+    adata.write_h5ad(path)
+    before = path.read_bytes()
+
+    def blocks():
+        yield np.zeros((100, 4))
+        raise CorruptError("shard 3 is damaged")
+
+    with module.open(path) as atlas, pytest.raises(CorruptError, match=r"^shard 3 is damaged$"):
+        atlas.write_obsm("X_scVI", blocks(), 4)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_a_store_that_may_not_be_written_to_is_said_so(store, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StoreError, match=r"cannot be written .* check that you may write there"):
         module.open(store).write_obsm("X_scVI", [np.ones((300, 4))], 4)
     assert list(read_zarr(store).obsm) == []

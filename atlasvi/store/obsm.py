@@ -1,0 +1,185 @@
+"""Writing ``obsm`` of a store: the old state or the new one, whenever the writer is killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from atlasvi.errors import OptionError, SpaceError, StoreError
+
+_ENCODING: dict[str, Any] = {"encoding-type": "array", "encoding-version": "0.2.0"}
+_DICT: dict[str, Any] = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+
+
+def write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
+    """Write blocks as ``obsm[key]`` of an AnnData on disk.
+
+    The array of a Zarr store is written beside the store and moved in; of an ``.h5ad``, which cannot be
+    changed safely in place, a copy is written and takes its place.
+
+    Args:
+        path: a Zarr store or an ``.h5ad``.
+        key: what stands there is replaced.
+        blocks: ``(rows, width)`` arrays or tensors in the order of the cells.
+        shape: ``(n_obs, width)``.
+
+    Raises:
+        OptionError: blocks that do not fit.
+        SpaceError: the disk is full.
+        StoreError: it cannot be written there.
+    """
+    # Beside and not inside: AnnData would take an unknown member of the store for part of it.
+    partial = path.parent / f".{path.name}.obsm-{key}.partial"
+    _remove(partial)
+    # What the blocks raise while they are made is theirs, not a failure to write.
+    ours = _Ours(blocks)
+    try:
+        (_into_zarr if path.is_dir() else _into_hdf5)(path, partial, key, ours, shape)
+    except OSError as error:
+        if ours.raised is error or isinstance(error, StoreError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"no space left to write obsm[{key!r}] of {str(path)!r}; free some and run it again"
+            ) from error
+        raise StoreError(
+            f"obsm[{key!r}] of {str(path)!r} cannot be written ({error}); check that you may write there"
+        ) from error
+    finally:
+        _remove(partial)
+
+
+class _Ours:
+    """The blocks, with what was raised while making them kept apart."""
+
+    def __init__(self, blocks: Iterable[Any]) -> None:
+        self._blocks = blocks
+        self.raised: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._blocks
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
+def _into_zarr(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
+    array = zarr.create_array(
+        store=str(partial),
+        shape=shape,
+        chunks=(_chunk_rows(shape), max(shape[1], 1)),
+        dtype="float32",
+        zarr_format=3 if (path / "zarr.json").exists() else 2,
+        attributes=_ENCODING,
+    )
+    _fill(array, blocks, shape)
+    _move_in(path, partial, key)
+
+
+def _into_hdf5(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
+    shutil.copyfile(path, partial)
+    with h5py.File(partial, "r+") as file:
+        if "obsm" not in file:
+            file.create_group("obsm").attrs.update(_DICT)
+        if key in file["obsm"]:
+            del file["obsm"][key]
+        chunks = (_chunk_rows(shape), shape[1]) if min(shape) > 0 else None
+        array = file["obsm"].create_dataset(key, shape, "float32", chunks=chunks)
+        array.attrs.update(_ENCODING)
+        _fill(array, blocks, shape)
+    # A reader that has the old file open keeps it until it lets go.
+    os.replace(partial, path)
+
+
+def _chunk_rows(shape: tuple[int, int]) -> int:
+    """One chunk holds about 4 MB, whatever the width."""
+    return max(1, min(shape[0], (1 << 20) // max(shape[1], 1)))
+
+
+def _fill(array: Any, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
+    """Write blocks one after another, whole chunks at a time so that none is written twice."""
+    n_obs, width = shape
+    chunk_rows = _chunk_rows(shape)
+    held, n_held, row = [], 0, 0
+    for block in blocks:
+        values = np.asarray(block, dtype=np.float32)
+        if values.ndim != 2 or values.shape[1] != width:
+            raise OptionError(f"a block of {values.shape} was given where (rows, {width}) is to be written")
+        held.append(values)
+        n_held += len(values)
+        if n_held >= chunk_rows:
+            values = np.concatenate(held)
+            n_whole = n_held - n_held % chunk_rows
+            _put(array, row, values[:n_whole])
+            held, n_held, row = [values[n_whole:].copy()], n_held - n_whole, row + n_whole
+    if n_held:
+        _put(array, row, np.concatenate(held))
+    if row + n_held != n_obs:
+        raise OptionError(
+            f"{row + n_held} rows were given to be written for {n_obs} cells; give one row a cell"
+        )
+
+
+def _put(array: Any, row: int, values: NDArray[np.float32]) -> None:
+    if row + len(values) > array.shape[0]:
+        raise OptionError(
+            f"more rows were given to be written than the {array.shape[0]} cells; give one row a cell"
+        )
+    array[row : row + len(values)] = values
+
+
+def _move_in(path: Path, partial: Path, key: str) -> None:
+    final, old = path / "obsm" / key, partial.with_suffix(".old")
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    if "obsm" not in group:
+        group.create_group("obsm", attributes=_DICT)
+    # A stale copy of the metadata would hide the new array, or promise one that is not there.
+    was_consolidated = _drop_consolidated(path)
+    _remove(old)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    _remove(old)
+    if was_consolidated:
+        with warnings.catch_warnings():
+            # zarr warns that other implementations may not know it; AnnData writes it all the same.
+            warnings.simplefilter("ignore", category=UserWarning)
+            zarr.consolidate_metadata(str(path))
+
+
+def _drop_consolidated(path: Path) -> bool:
+    """Remove the copy of all metadata that may stand in the root; says whether there was one."""
+    if (path / ".zmetadata").exists():
+        (path / ".zmetadata").unlink()
+        return True
+    root = path / "zarr.json"
+    if not root.exists():
+        return False
+    metadata = json.loads(root.read_text())
+    if metadata.pop("consolidated_metadata", None) is None:
+        return False
+    beside = path / "zarr.json.partial"
+    beside.write_text(json.dumps(metadata))
+    os.replace(beside, root)
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
