@@ -28,7 +28,8 @@ def seeds():
 def poisoned_malloc():
     """Fresh memory holds 0xfe bytes (huge numbers) instead of what lay there before, where glibc can do it.
 
-    This reaches ``np.empty`` in compiled code too, which no patch of a Python name does.
+    This reaches ``np.empty`` in compiled code too, which no patch of a Python name does; not the blocks
+    of about a kilobyte and less, which malloc hands out again from a list of their own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

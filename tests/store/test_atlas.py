@@ -2,6 +2,10 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import warnings
 from pathlib import Path
@@ -375,6 +379,24 @@ def test_a_write_that_fails_midway_leaves_the_old_state(store, tmp_path):
     assert list(back.obsm) == ["X_scVI"]
     assert (back.obsm["X_scVI"] == 1).all()
     assert [p.name for p in tmp_path.iterdir()] == ["own.zarr"]
+
+
+def test_a_killed_write_leaves_the_old_state(store):
+    script = f"""
+        import os, signal, numpy as np
+        from atlasvi.store.atlas import open
+        def blocks():
+            yield np.zeros((100, 4))
+            os.kill(os.getpid(), signal.SIGKILL)
+        open({str(store)!r}).write_obsm("X_scVI", blocks(), 4)
+    """
+    module.open(store).write_obsm("X_scVI", [np.ones((300, 4))], 4)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    assert run.returncode == -signal.SIGKILL
+    assert (read_zarr(store).obsm["X_scVI"] == 1).all()
+    module.open(store).write_obsm("X_scVI", [np.full((300, 4), 2.0)], 4)
+    assert (read_zarr(store).obsm["X_scVI"] == 2).all()
+    assert [p.name for p in store.parent.iterdir()] == ["own.zarr"]
 
 
 def test_what_a_killed_write_left_is_in_no_ones_way(store, tmp_path):
