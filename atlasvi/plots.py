@@ -235,7 +235,10 @@ def identity_scatter(
         [frame[0] + logs[0] * (frame[2] - frame[0]), frame[3] + logs[1] * (frame[1] - frame[3])], 1
     )
     for code, colour in enumerate(colours):
-        parts.append(_dots(points[codes == code], colour, 3.4, opacity=0.45 if code == 0 else 0.8))
+        few = np.count_nonzero(codes == code) < 500
+        parts.append(
+            _dots(points[codes == code], colour, 5.0 if few else 3.4, opacity=0.8 if code or few else 0.45)
+        )
     return _svg(size, size, "".join(parts), alt)
 
 
@@ -284,11 +287,18 @@ def heat_maps(
     return _svg(math.ceil(width), top + tile_h * len(rows) + 4, "".join(parts), alt)
 
 
-def legend(names: Sequence[str], colours: Sequence[str]) -> str:
-    """Names with their colours as an HTML list, which wraps as text does."""
+def marks(names: Sequence[str], size: int) -> list[str]:
+    """What to write on a `scatter`: the names, or numbers where the names would cover the points."""
+    covered = sum((8.4 * len(name) + 8) * 18 for name in names)
+    return list(names) if covered <= 0.1 * size**2 else [str(k + 1) for k in range(len(names))]
+
+
+def legend(names: Sequence[str], colours: Sequence[str], marks: Sequence[str] | None = None) -> str:
+    """Names with their colours, and with their marks if those are others, as an HTML list that wraps."""
     items = (
-        f'<li><i style="background:{colour}"></i>{escape(name)}</li>'
-        for name, colour in zip(names, colours, strict=True)
+        f'<li><i style="background:{colour}"></i>{"" if mark == name else f"<b>{escape(mark)}</b> "}'
+        f"{escape(name)}</li>"
+        for name, colour, mark in zip(names, colours, marks or names, strict=True)
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -422,9 +432,9 @@ def _class_names(
                     at[i, axis] += sign * push
                     at[j, axis] -= sign * push
                     moved = True
+        at = np.clip(at, half + 4, size - half - 4)
         if not moved:
             break
-    at = np.clip(at, half + 4, size - half - 4)
     return [
         f'<text class="name" x="{x:.1f}" y="{y + 5:.1f}" text-anchor="middle">{escape(labels[code])}</text>'
         for code, (x, y) in zip(shown, at, strict=True)

@@ -393,8 +393,9 @@ def _views(embedding: Embedding, size: int = 500) -> tuple[str, str]:
     if embedding.types is not None:
         types, names, colours = _classes(embedding.types)
         alt = f"2-D view of {n:,} cells coloured by cell type: {', '.join(names)}"
+        labels = plots.marks(names, size)
         by_type = plots.scatter(
-            embedding.xy, types, colours, labels=names, alt=alt, size=size, diameter=diameter
+            embedding.xy, types, colours, labels=labels, alt=alt, size=size, diameter=diameter
         )
     batches, names, colours = _classes(embedding.batches, second=True)
     alt = f"2-D view of the same {n:,} cells coloured by batch: {', '.join(names)}"
@@ -417,7 +418,8 @@ def _latent(report: Report) -> str:
     parts = []
     if embedding.types is not None:
         _, names, colours = _classes(embedding.types)
-        parts.append(f"<div><h3>By cell type</h3>{by_type}{plots.legend(names, colours)}</div>")
+        key = plots.legend(names, colours, plots.marks(names, 500))
+        parts.append(f"<div><h3>By cell type</h3>{by_type}{key}</div>")
     _, names, colours = _classes(embedding.batches, second=True)
     parts.append(f"<div><h3>By batch</h3>{by_batch}{plots.legend(names, colours)}</div>")
     n = len(embedding.xy)
@@ -477,7 +479,9 @@ def _decoding(report: Report) -> str:
     if report.decoding is None:
         return ""
     check, shown = report.decoding.check, np.asarray(report.decoding.shown, np.int64)
-    figures = [_figure(_identity(report.decoding), _identity_caption(check))]
+    # Where there are no other genes, the shown ones need no colour of their own.
+    among = 0 < len(shown) < len(report.decoding.genes)
+    figures = [_figure(_identity(report.decoding, among), _identity_caption(check, among))]
     if len(shown):
         highest = np.maximum(check.true_mean[:, shown].max(0), 1e-30)
         panels = [
@@ -494,7 +498,7 @@ def _decoding(report: Report) -> str:
     return _section("Decoded against true expression", f'<div class="pair">{"".join(figures)}</div>')
 
 
-def _identity(decoding: Decoding) -> str:
+def _identity(decoding: Decoding, among: bool) -> str:
     check = decoding.check
     is_shown = np.zeros(check.true_mean.shape, bool)
     is_shown[:, list(decoding.shown)] = True
@@ -508,16 +512,17 @@ def _identity(decoding: Decoding) -> str:
         true,
         decoded,
         is_shown.ravel()[keep].astype(int),
-        ["var(--cloud)", "var(--accent-2)"],
+        ["var(--cloud)", "var(--accent-2)"] if among else ["var(--accent)", "var(--accent)"],
         x_label="true frequency (mean of a type)",
         y_label="decoded frequency",
         alt=alt,
     )
 
 
-def _identity_caption(check: DecodeCheck) -> str:
+def _identity_caption(check: DecodeCheck, among: bool) -> str:
+    orange = "; orange are the genes shown beside" if among else ""
     return (
-        f"A point is a gene in a type; orange are the marker genes. Over {check.n_cells:,} single cells the "
+        f"A point is a gene in a type{orange}. Over {check.n_cells:,} single cells the "
         f"correlation of log frequencies is <strong>{check.pearson_log:.3f}</strong> and half the entries "
         f"are within a factor of {2**check.median_log_ratio:.2f}; over the types, the median gene's rank "
         f"correlation is <strong>{check.spearman_median:.3f}</strong>."

@@ -280,6 +280,30 @@ def test_names_do_not_cover_each_other():
         assert all(abs(x - u) > 40 or abs(y - v) > 16 for u, v in at[:i])
 
 
+def test_long_names_are_numbered_and_the_legend_says_so():
+    long = [f"a rather long name {k}" for k in range(12)]
+    assert plots.marks(list("abc"), 500) == list("abc")
+    marks = plots.marks(long, 500)
+    assert marks == [str(k + 1) for k in range(12)]
+    assert "<b>3</b> a rather long name 2" in plots.legend(long, plots.palette(long), marks)
+    assert "<b>" not in plots.legend(long, plots.palette(long), long)
+
+
+def test_lines_are_drawn_to_scale_and_cut_at_the_frame():
+    y = [1e6, *np.linspace(20, 10, 20)]
+    svg = plots.line_chart([plots.Line("a", range(21), y, "red")], x_label="x", y_label="y", alt="z")
+    root = ET.fromstring(svg)
+    inner = root.find("svg")
+    points = [tuple(map(float, p.split(","))) for p in inner.find("polyline").get("points").split()]
+    left, top, width, height = map(float, inner.get("viewBox").split())
+    assert len(points) == 21 and points[0][1] < top
+    assert all(left <= u <= left + width and top <= v <= top + height for u, v in points[1:] if u > left + 50)
+    drops = np.diff([v for _, v in points[2:]])
+    assert np.allclose(drops, drops[0], atol=0.11) and drops[0] > 0
+    titles = [t.text for t in root.iter("title")]
+    assert "a, x 20: 10.0" in titles
+
+
 def test_a_palette_repeats_only_when_it_must():
     names = [str(k) for k in range(12)]
     assert len(set(plots.palette(names))) == 12 == len(set(plots.palette(names, second=True)))
