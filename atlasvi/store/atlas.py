@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError
 from atlasvi.store.base import Source
+from atlasvi.store.counts import as_counts, checked_rows
 from atlasvi.store.fields import match_genes
 from atlasvi.store.obsm import write_obsm
 from atlasvi.store.sources import GroupSource, open_source
@@ -29,7 +30,7 @@ Genes: TypeAlias = "slice | NDArray[Any] | Sequence[int] | Sequence[str] | str"
 # as decoding a hundred rows, and a chunk is decoded whole anyway.
 _MAX_GAP = 128
 # ... but a read that throws rows away is no longer than this, which bounds what is held meanwhile.
-_MAX_SPARSE_READ = 4096
+_MAX_SPARSE_READ = 1024
 _ROOTS = ("zarr.json", ".zgroup")
 
 
@@ -263,6 +264,7 @@ class Atlas:
 
         Raises:
             CellsError: cells that are not there.
+            CountsError: an entry that is not a count, in data that was not ingested.
             CorruptError: a checksum failed or a file is truncated; it names file, shard and rows.
         """
         found = self._find_cells(rows)
@@ -299,7 +301,35 @@ class Atlas:
         return counts.take_columns(self._column_of, self.n_vars)
 
     def _read(self, start: int, stop: int) -> CSR:
-        return self._source.read_rows(start, stop)
+        counts = self._source.read_rows(start, stop)
+        if not self._is_ingested and as_counts(counts.data.numpy())[1] >= 0:
+            # Which reads them once more and raises, naming cell, gene and where counts may be.
+            checked_rows(self._source, start, stop, np.arange(self._source.shape[1]))
+        return counts
+
+    @property
+    def _is_ingested(self) -> bool:
+        """Whether `ingest` has made sure that these are counts; what nobody did is checked when read."""
+        return isinstance(self._source, GroupSource) and self._source.attributes is not None
+
+    def check_counts(self, at_most: int = 100_000) -> None:
+        """Look at the entries of some cells before they are needed; the rest is checked as it is read.
+
+        Args:
+            at_most: cells to look at, from eight places if there are more. None of an ingested store,
+                where all were looked at then.
+
+        Raises:
+            CountsError: an entry that is negative, fractional, NaN, infinite or too large.
+        """
+        if self._is_ingested or self.n_obs == 0:
+            return
+        n_places = 1 if self.n_obs <= at_most else 8
+        length = min(self.n_obs, max(1, at_most // n_places))
+        for start in np.linspace(0, self.n_obs - length, n_places).astype(int):
+            # In pieces, since nothing of them is kept.
+            for piece in range(start, start + length, _MAX_SPARSE_READ):
+                self.read_rows(slice(piece, min(piece + _MAX_SPARSE_READ, start + length)))
 
     def stream(
         self,

@@ -77,6 +77,7 @@ def register(
     Raises:
         ObsError: a column is missing, has gaps, or has numbers that cannot be.
         GenesError: a gene name stands twice, or the mask is missing, not boolean or empty.
+        CountsError: an entry is not a count (in up to 100,000 cells; the rest is checked when read).
         OptionError: another layer than the atlas has, or a text where a list of columns is meant.
     """
     if layer != atlas.layer:
@@ -84,6 +85,7 @@ def register(
             f"layer={layer!r} was asked for but {atlas.name} was opened with layer={atlas.layer!r}; "
             f"pass layer={atlas.layer!r}, or open it again with the other"
         )
+    atlas.check_counts()
     categorical = _key_list("categorical_covariate_keys", categorical_covariate_keys)
     continuous = _key_list("continuous_covariate_keys", continuous_covariate_keys)
     field_map = FieldMap(

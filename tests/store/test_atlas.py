@@ -22,6 +22,7 @@ from atlasvi_kernels import CSR
 from atlasvi.errors import (
     CellsError,
     CorruptError,
+    CountsError,
     GenesError,
     NotAnAtlasError,
     OptionError,
@@ -223,7 +224,7 @@ def test_a_long_read_with_holes_is_cut():
     source = Counting(sp.eye(20_000, format="csr"))
     rows = np.arange(0, 20_000, 3)
     np.testing.assert_array_equal(Atlas(source).read_rows(rows).indices.numpy(), rows)
-    assert max(stop - start for start, stop in source.reads) <= 4096
+    assert max(stop - start for start, stop in source.reads) <= 1024
     source.reads.clear()
     Atlas(source).read_rows(np.arange(20_000))
     assert source.reads == [(0, 20_000)]
@@ -260,6 +261,54 @@ def test_bytes_per_row_is_about_the_mean(adata, small_atlas):
     whole = small_atlas.read_rows(slice(None)).nbytes / 300
     assert small_atlas.bytes_per_row == pytest.approx(whole, rel=0.1)
     assert small_atlas[:, :6].bytes_per_row < 0.4 * small_atlas.bytes_per_row
+
+
+# --- what is not counts -----------------------------------------------------------------------------
+
+
+def with_entry(matrix, row, column, value):
+    dense = matrix.toarray()
+    dense[row, column] = value
+    return sp.csr_matrix(dense)
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.5, np.nan, np.inf, -np.inf, 2.0**32])
+def test_what_is_not_a_count_is_named_by_cell_and_gene_when_read(adata, bad):
+    adata.layers["counts"] = adata.X
+    adata.X = with_entry(adata.X, 70, 31, bad)
+    atlas = Atlas.from_anndata(adata)
+    atlas.read_rows(slice(0, 70))
+    message = r"X has \S+ at cell 'cell-70', gene 'gene-31'.* pass layer='counts'"
+    for read in (
+        lambda: atlas.read_rows([70]),
+        lambda: atlas[60:80].read_rows([10]),
+        lambda: list(atlas.stream(num_workers=2)),
+        lambda: register(atlas),
+    ):
+        with pytest.raises(CountsError, match=message) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert register(Atlas.from_anndata(adata, layer="counts"), layer="counts").n_vars == 60
+
+
+def test_negative_integers_are_not_counts(adata):
+    adata.X = with_entry(adata.X.astype(np.int64), 3, 3, -2)
+    with pytest.raises(CountsError, match="has -2 at cell 'cell-3', gene 'gene-3'"):
+        Atlas.from_anndata(adata).check_counts()
+
+
+def test_an_ingested_store_is_not_checked_again(small_atlas, monkeypatch):
+    monkeypatch.setattr(module, "as_counts", None)
+    small_atlas.check_counts()
+    assert small_atlas.read_rows([1]).n_obs == 1
+
+
+def test_of_many_cells_a_part_is_checked_beforehand():
+    source = Counting(sp.eye(20_000, format="csr"))
+    Atlas(source).check_counts(at_most=800)
+    assert len(source.reads) == 8
+    assert sum(stop - start for start, stop in source.reads) == 800
+    assert (source.reads[0][0], source.reads[-1][1]) == (0, 20_000)
 
 
 # --- damage -----------------------------------------------------------------------------------------
