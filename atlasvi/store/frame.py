@@ -17,6 +17,7 @@ from atlasvi.store.base import STRING
 from atlasvi.store.layout import codecs
 
 CHUNK = 1 << 17
+NAMES = 1 << 14
 
 
 def read_strings(array: Any, rows: slice = slice(None)) -> NDArray[Any]:
@@ -126,7 +127,7 @@ def create_array(group: Any, key: str, shape: tuple[int, ...], dtype: Any, rows:
 
 
 def _string_array(group: Any, key: str, n: int) -> Any:
-    out = create_array(group, key, (n,), STRING, CHUNK)
+    out = create_array(group, key, (n,), STRING, NAMES)
     out.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
     return out
 

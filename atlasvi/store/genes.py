@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import GenesError, OptionError
 from atlasvi.store import frame
-from atlasvi.store.base import Source
+from atlasvi.store.base import STRING, Source
 
 Join = Literal["inner", "outer"]
 _VERSIONED = re.compile(r"ENS[A-Z]*\d{11}\.\d+(_PAR_Y)?")
@@ -123,6 +123,4 @@ def _names(
         for name, g in zip(source.var_names.tolist(), columns.tolist(), strict=True):
             if g >= 0 and names[g] is None:
                 names[g] = name
-    return np.array(
-        _unique([str(name) for name in names], make_unique, "the atlas would have", ""), frame.STRING
-    )
+    return np.array(_unique([str(name) for name in names], make_unique, "the atlas would have", ""), STRING)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 CHUNK_ENTRIES = 1 << 16
-CHUNKS_PER_SHARD = 64
+CHUNKS_PER_SHARD = 32
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 
 
@@ -24,7 +24,7 @@ class Layout:
         data_dtype: of counts.
 
     Example:
-        >>> layout = choose_layout(nnz=10_000_000, n_vars=30_000, max_count=255)
+        >>> layout = choose_layout(nnz=5_000_000, n_vars=30_000, max_count=255)
         >>> layout.n_shards, layout.index_dtype.name, layout.data_dtype.name
         (3, 'uint16', 'uint8')
     """
@@ -53,7 +53,7 @@ class Layout:
 def choose_layout(nnz: int, n_vars: int, max_count: int) -> Layout:
     """The layout for a matrix of this size.
 
-    Chunks are 65,536 entries and shards 64 chunks; a matrix smaller than a chunk takes chunks of the
+    Chunks are 65,536 entries and shards 32 chunks; a matrix smaller than a chunk takes chunks of the
     next power of two, so that a small file does not pay for a large one's buffers.
 
     Args:

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-BUCKET_ENTRIES = 1 << 22
-MAX_BUCKETS = 512
+BUCKET_ENTRIES = 1 << 20
+MAX_BUCKETS = 1024
 
 
 class FileArray:
@@ -68,12 +68,12 @@ class Spill:
 
     def add(self, rows: NDArray[np.int64], columns: NDArray[Any], values: NDArray[Any]) -> None:
         """Append entries, in any order, from any thread."""
-        bucket = rows // self._per_bucket
-        order = np.argsort(bucket, kind="stable")
         records = np.empty(len(rows), self._record)
-        records["row"] = (rows - bucket * self._per_bucket)[order]
-        records["column"], records["value"] = columns[order], values[order]
-        ends = np.searchsorted(bucket[order], np.arange(self.n_buckets + 1))
+        ends = np.zeros(self.n_buckets + 1, np.int64)
+        _scatter(
+            rows, columns, values, self._per_bucket, ends,
+            records["row"], records["column"], records["value"],
+        )  # fmt: skip
         for b in np.flatnonzero(np.diff(ends)).tolist():
             with self._locks[b % len(self._locks)], self._path(b).open("ab") as file:
                 records[ends[b] : ends[b + 1]].tofile(file)
@@ -109,11 +109,7 @@ class Spill:
         if n != len(records):
             raise OSError(f"{path} holds {len(records)} entries of {n}: was it changed while in use?")
         columns, values = np.empty(n, np.uint32), np.empty(n, self._record["value"])
-        # Copies, so that the kernel sees plain arrays and compiles once.
-        _place(
-            records["row"].copy(), records["column"].copy(), records["value"].copy(),
-            indptr[:-1] - indptr[0], columns, values,
-        )  # fmt: skip
+        _place(records["row"], records["column"], records["value"], indptr[:-1] - indptr[0], columns, values)
         for name, array in (("indices.bin", columns), ("values.bin", values)):
             with (self._folder / name).open("r+b") as file:
                 file.seek(int(indptr[0]) * array.dtype.itemsize)
@@ -122,6 +118,23 @@ class Spill:
 
     def _path(self, bucket: int) -> Path:
         return self._folder / f"bucket-{bucket:04d}.bin"
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(rows, columns, values, per_bucket, ends, out_rows, out_columns, out_values):  # type: ignore[no-untyped-def]
+    """Entries by bucket, in the order they came within each; ``ends[b]`` is where bucket b begins."""
+    for k in range(len(rows)):
+        ends[rows[k] // per_bucket + 1] += 1
+    for b in range(len(ends) - 1):
+        ends[b + 1] += ends[b]
+    cursor = ends[:-1].copy()
+    for k in range(len(rows)):
+        bucket = rows[k] // per_bucket
+        at = cursor[bucket]
+        out_rows[at] = rows[k] - bucket * per_bucket
+        out_columns[at] = columns[k]
+        out_values[at] = values[k]
+        cursor[bucket] = at + 1
 
 
 @numba.njit(nogil=True, cache=True)

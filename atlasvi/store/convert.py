@@ -1,0 +1,258 @@
+"""The two passes of an ingest: check and count every entry, then write each shard where it belongs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from atlasvi_kernels import CSR
+from numpy.typing import NDArray
+
+from atlasvi.errors import StoreError
+from atlasvi.store import frame
+from atlasvi.store.base import Source
+from atlasvi.store.cells import BLOCK_ENTRIES, Cells, row_blocks
+from atlasvi.store.counts import checked_rows
+from atlasvi.store.genes import GeneJoin
+from atlasvi.store.layout import Layout, choose_layout, codecs
+from atlasvi.store.rows import with_zarrs
+from atlasvi.store.spill import FileArray, Spill, disk_array
+from atlasvi.store.tasks import Progress, run_tasks
+
+_INDPTR_CHUNK = 1 << 20
+_BYTES_PER_READ_ENTRY = 48
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How an ingest works.
+
+    Args:
+        workers: threads.
+        memory_budget: bytes for shards being written at a time.
+        progress: told of tasks that ended.
+    """
+
+    workers: int
+    memory_budget: int
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of the atlas that come from one source, one after the other."""
+
+    source: Source
+    first: int
+    column_of: NDArray[np.int64]
+
+
+class Conversion:
+    """Counts of several inputs on their way into one store.
+
+    Args:
+        cells: of the atlas.
+        genes: of the atlas.
+        scratch: folder for temporary files.
+        effort: how to work.
+    """
+
+    def __init__(self, cells: Cells, genes: GeneJoin, scratch: Path, effort: Effort) -> None:
+        self._cells, self._genes, self._scratch, self._effort = cells, genes, scratch, effort
+        self.max_count = 0
+        self.layout: Layout | None = None
+        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._seen = np.zeros(len(genes.names), bool)
+        self._kept = disk_array(scratch / "kept.bin", cells.n_obs, np.int64)
+        self._spill: Spill | None = None
+        if cells.order is not None:
+            folder = scratch / "spill"
+            folder.mkdir()
+            self._spill = Spill(folder, cells.n_obs, _expected_entries(cells.sources), np.uint32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return self._cells.n_obs, len(self._genes.names)
+
+    @property
+    def n_empty(self) -> tuple[int, int]:
+        """Numbers of cells and of genes without counts, after `check`."""
+        return self.shape[0] - int(np.count_nonzero(self._kept)), int((~self._seen).sum())
+
+    @property
+    def bytes_needed(self) -> int:
+        """An upper bound of the space for counts; 0 until `check` has counted them."""
+        if self.layout is None:
+            return 0
+        shuffling = 20 if self._spill is not None else 0
+        return int(self.layout.nnz * (self.layout.bytes_per_entry + shuffling) + 32 * self.shape[0])
+
+    def check(self) -> Layout:
+        """Pass 1: every value, the hash of every name, what each cell keeps; a shuffle spills.
+
+        Raises:
+            CountsError: a value is not a count.
+        """
+        blocks = list(self._cells.blocks())
+        self._run(self._check_block, blocks, [stop - start for _, start, stop in blocks], "checking counts")
+        self._indptr = disk_array(self._scratch / "indptr.bin", self.shape[0] + 1, np.int64)
+        np.cumsum(self._kept, out=self._indptr[1:])
+        self.layout = choose_layout(int(self._indptr[-1]), self.shape[1], self.max_count)
+        return self.layout
+
+    def _run(
+        self, function: Any, items: Any, sizes: list[int], label: str, workers: int | None = None
+    ) -> None:
+        workers = self._effort.workers if workers is None else workers
+        run_tasks(function, items, sizes, label=label, workers=workers, progress=self._effort.progress)
+
+    def _check_block(self, block: tuple[int, int, int]) -> None:
+        i, start, stop = block
+        self._cells.hash_block(i, start, stop)
+        source = self._cells.sources[i]
+        indptr, columns, counts = checked_rows(source, start, stop, self._genes.column_of[i])
+        kept, places = np.diff(indptr), self._cells.places(i, start, stop)
+        self._kept[places] = kept
+        if self._spill is not None:
+            self._spill.add(np.repeat(np.asarray(places), kept), columns, counts)
+        with self._lock:
+            self.max_count = max(self.max_count, int(counts.max(initial=0)))
+            self._seen[columns] = True
+
+    def write(self, group: Any) -> None:
+        """Pass 2: ``X``, one shard a task.
+
+        Args:
+            group: the zarr group of the atlas.
+        """
+        assert self.layout is not None
+        layout = self.layout
+        x = group.create_group("X")
+        x.attrs.update(
+            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(self.shape)}
+        )
+        frame.write_plain(x, "indptr", self._indptr, _INDPTR_CHUNK)
+        self._parts = self._make_parts()
+        self._indices = _count_array(x, "indices", layout, layout.index_dtype)
+        self._data = _count_array(x, "data", layout, layout.data_dtype)
+        in_flight = self._shards_in_flight(layout)
+        # Kept from shard to shard: made anew each time, the heap would grow in pieces.
+        self._buffers: SimpleQueue[tuple[NDArray[Any], NDArray[Any]]] = SimpleQueue()
+        for _ in range(in_flight):
+            pair = np.empty(layout.shard, layout.index_dtype), np.empty(layout.shard, layout.data_dtype)
+            self._buffers.put(pair)
+        shards = range(layout.n_shards)
+        sizes = [stop - start for start, stop in (self._rows_of(*layout.entries(k)) for k in shards)]
+        self._run(self._write_shard, shards, sizes, "writing counts", in_flight)
+
+    def _make_parts(self) -> list[_Part]:
+        if self._spill is not None:
+            return [_Part(self._merged(self._spill), 0, np.arange(self.shape[1]))]
+        sources, columns = self._cells.sources, self._genes.column_of
+        firsts = self._cells.offsets[:-1].tolist()
+        return [_Part(*part) for part in zip(sources, firsts, columns, strict=True)]
+
+    def _merged(self, spill: Spill) -> Source:
+        indices, values = spill.begin_merge(self._indptr)
+        self._run(spill.merge, range(spill.n_buckets), spill.rows_per_bucket(), "shuffling")
+        return _Shuffled(self._indptr, indices, values, self.shape[1])
+
+    def _shards_in_flight(self, layout: Layout) -> int:
+        # The encoder holds a shard's arrays a second time.
+        one = 2 * layout.shard * layout.bytes_per_entry + BLOCK_ENTRIES * _BYTES_PER_READ_ENTRY
+        return max(1, min(self._effort.workers, self._effort.memory_budget // one))
+
+    def _rows_of(self, first: int, last: int) -> tuple[int, int]:
+        """First and one past the last row with entries in ``first`` to ``last``."""
+        start = int(np.searchsorted(self._indptr, first, side="right")) - 1
+        return start, int(np.searchsorted(self._indptr, last, side="left"))
+
+    def _write_shard(self, k: int) -> None:
+        assert self.layout is not None
+        first, last = self.layout.entries(k)
+        buffers = self._buffers.get()
+        try:
+            indices, data = (buffer[: last - first] for buffer in buffers)
+            self._fill(first, last, indices, data)
+            # zarrs encodes one shard on all cores, so two at a time would only take more memory.
+            with self._encoding:
+                self._indices[first:last] = indices
+                self._data[first:last] = data
+        finally:
+            self._buffers.put(buffers)
+
+    def _fill(self, first: int, last: int, indices: NDArray[Any], data: NDArray[Any]) -> None:
+        """Read the entries ``first`` to ``last``."""
+        start, stop = self._rows_of(first, last)
+        for part in self._parts:
+            lo, hi = max(start - part.first, 0), min(stop - part.first, part.source.shape[0])
+            for a, b in row_blocks(part.source, lo, hi):
+                _, columns, counts = checked_rows(part.source, a, b, part.column_of)
+                at = int(self._indptr[part.first + a])
+                if at + len(columns) != self._indptr[part.first + b]:
+                    raise StoreError(f"{part.source.name!r} changed while it was read; ingest it again")
+                skip, end = max(0, first - at), min(len(columns), last - at)
+                indices[at + skip - first : at + end - first] = columns[skip:end]
+                data[at + skip - first : at + end - first] = counts[skip:end]
+
+
+class _Shuffled(Source):
+    """The entries in their final order, in flat files."""
+
+    def __init__(self, indptr: NDArray[np.int64], indices: FileArray, values: FileArray, n_vars: int) -> None:
+        self._indptr, self._indices, self._values, self._n_vars = indptr, indices, values, n_vars
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return "the shuffled cells"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return len(self._indptr) - 1, self._n_vars
+
+    @property
+    def indptr(self) -> NDArray[np.int64]:
+        """Offsets of the rows."""
+        return self._indptr
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Row numbers: the real names are written from the inputs."""
+        return frame.to_strings(np.arange(self.shape[0]))
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Column numbers."""
+        return frame.to_strings(np.arange(self._n_vars))
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop``."""
+        first, last = int(self._indptr[start]), int(self._indptr[stop])
+        offsets = np.asarray(self._indptr[start : stop + 1]) - first
+        return CSR.from_numpy(offsets, self._indices[first:last], self._values[first:last], self._n_vars)
+
+
+def _expected_entries(sources: list[Source]) -> int:
+    total = 0
+    for source in sources:
+        indptr = source.indptr
+        # Single-cell counts are seldom denser than a fifth; the guess only sets the number of buckets.
+        total += source.shape[0] * source.shape[1] // 5 if indptr is None else int(indptr[-1])
+    return total
+
+
+def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any]) -> Any:
+    # Chunks of zeros are written too: a shard that is missing is then always a fault.
+    return with_zarrs(
+        lambda: group.create_array(
+            key, shape=(layout.nnz,), dtype=dtype, chunks=(layout.chunk,), shards=(layout.shard,),
+            compressors=codecs(), config={"write_empty_chunks": True},
+        )
+    )  # fmt: skip
