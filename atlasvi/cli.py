@@ -51,15 +51,14 @@ def ingest(
 
     Example: atlasvi ingest donor1.h5ad donor2.h5ad -o atlas.zarr --shuffle
     """
-    from atlasvi.progress import bar
+    from atlasvi.progress import stage_bars
     from atlasvi.store.ingest import ingest as run
 
-    with _steps() as step:
+    with stage_bars("cells") as step:
         report = run(
             [str(path) for path in inputs], out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
             seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, progress=step,
         )  # fmt: skip
-    del bar
     typer.echo(f"{report.n_obs:,} cells x {report.n_vars:,} genes, {report.nnz:,} non-zeros -> {out}")
     for left in report.left_out:
         typer.echo(f"left out: {left}")

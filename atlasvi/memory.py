@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -13,12 +14,21 @@ _STATUS = Path("/proc/self/status")
 
 
 def anonymous_bytes() -> int:
-    """Bytes of this process that are backed by no file; on systems without /proc its largest size so far.
+    """Bytes in RAM that are backed by no file: shared libraries and cached pages of a store do not count.
 
-    Pages of the store that the kernel keeps cached, and shared libraries, do not count.
+    On systems without /proc it is the largest size of the process so far.
     """
+    return _read("RssAnon")
+
+
+def resident_bytes() -> int:
+    """Bytes in RAM, shared libraries and mapped files included; without /proc the largest so far."""
+    return _read("VmRSS")
+
+
+def _read(field: str) -> int:
     if _STATUS.exists():
-        found = re.search(r"RssAnon:\s+(\d+) kB", _STATUS.read_text())
+        found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
         if found:
             return int(found[1]) << 10
     import resource
@@ -37,7 +47,8 @@ class Watch:
         True
     """
 
-    def __init__(self, interval: float = 0.005) -> None:
+    def __init__(self, measure: Callable[[], int] = anonymous_bytes, interval: float = 0.005) -> None:
+        self.measure = measure
         self.interval = interval
         self.before_bytes = 0
         self.peak_bytes = 0
@@ -46,7 +57,7 @@ class Watch:
         self._thread = threading.Thread(target=self._sample, name="atlasvi-memory", daemon=True)
 
     def __enter__(self) -> Watch:
-        self.before_bytes = self.peak_bytes = anonymous_bytes()
+        self.before_bytes = self.peak_bytes = self.measure()
         self._started = time.perf_counter()
         self._thread.start()
         return self
@@ -57,8 +68,8 @@ class Watch:
         self.seconds = time.perf_counter() - self._started
         self._stop.set()
         self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+        self.peak_bytes = max(self.peak_bytes, self.measure())
 
     def _sample(self) -> None:
         while not self._stop.wait(self.interval):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+            self.peak_bytes = max(self.peak_bytes, self.measure())

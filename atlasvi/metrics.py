@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.linalg
 import scipy.stats
 
-from .errors import CellsError, ObsError, OptionError
+from atlasvi.errors import CellsError, ObsError, OptionError
 
 if TYPE_CHECKING:
     from atlasvi_kernels import CSR

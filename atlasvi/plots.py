@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import OptionError
+from atlasvi.errors import OptionError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

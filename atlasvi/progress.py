@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 Advance = Callable[[int, str], None]
 
@@ -63,3 +63,20 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
             progress.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s", note=note)
 
         yield advance
+
+
+@contextmanager
+def stage_bars(unit: str, *, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars for work that has stages: gives a function ``(stage, done, total)``; a new stage, a new bar."""
+    with ExitStack() as stack:
+        stage: list[str] = []
+        advance: list[Advance] = []
+
+        def step(name: str, done: int, total: int) -> None:
+            if stage != [name]:
+                stack.close()
+                stage[:] = [name]
+                advance[:] = [stack.enter_context(bar(name, total, unit, enabled=enabled))]
+            advance[0](done, "")
+
+        yield step

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from atlasvi_kernels import CSR
 
-from .errors import OptionError
+from atlasvi.errors import OptionError
 
 if TYPE_CHECKING:
     import anndata

@@ -101,18 +101,7 @@ def lgamma_digamma(x):  # type: ignore[no-untyped-def]
 
 @numba.njit(error_model="numpy", nogil=True, cache=True)
 def rising_factorial(theta, x):  # type: ignore[no-untyped-def]
-    """``(lgamma(theta + x) - lgamma(theta), digamma(theta + x) - digamma(theta))`` for a count x > 0.
-
-    Small counts, nearly all there are, take the product of theta ... theta + x - 1: it needs one
-    logarithm and does not cancel for large theta.
-    """
-    if x <= 12.0 and x == math.floor(x) and theta < 1e20:
-        product, total, term = 1.0, 0.0, theta
-        for _ in range(int(x)):
-            product *= term
-            total += 1.0 / term
-            term += 1.0
-        return math.log(product), total
+    """``(lgamma(theta + x) - lgamma(theta), digamma(theta + x) - digamma(theta))`` for a count x > 0."""
     high = lgamma_digamma(theta + x)
     low = lgamma_digamma(theta)
     return high[0] - low[0], high[1] - low[1]

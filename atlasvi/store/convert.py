@@ -147,7 +147,8 @@ class Conversion:
             pair = np.empty(layout.shard, layout.index_dtype), np.empty(layout.shard, layout.data_dtype)
             self._buffers.put(pair)
         shards = range(layout.n_shards)
-        sizes = [stop - start for start, stop in (self._rows_of(*layout.entries(k)) for k in shards)]
+        starts = [0, *(self._rows_of(*layout.entries(k))[0] for k in shards[1:]), self.shape[0]]
+        sizes = np.diff(starts).tolist()[: len(shards)]
         self._run(self._write_shard, shards, sizes, "writing counts", in_flight)
 
     def _make_parts(self) -> list[_Part]:

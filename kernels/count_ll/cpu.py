@@ -14,12 +14,15 @@ import torch
 
 from ..csr import CSR
 from ..math_cpu import exp32, exp_expm1_32, lgamma_digamma, log1p32, log32, rising_factorial
+from ..parallel import in_parallel, n_threads
 
 _POISSON, _ZIP, _NB, _ZINB = range(4)
 _KIND = {"poisson": _POISSON, "zip": _ZIP, "nb": _NB, "zinb": _ZINB}
 _FLAGS = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 _INLINE = {"contract", "nsz"}  # no reassociation in functions that live on a rounding error
 _TILE = 1024  # sums are float32 within a tile and float64 across tiles
+_TABLE = 1024
+_LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(_TABLE)])
 _f = np.float32
 _LEFT_OUT = _f(2e30)  # marks an entry; no gradient of pi is this large
 
@@ -51,21 +54,23 @@ def run(
     else:
         theta_row = np.arange(n_obs) if own_row else np.zeros(n_obs, np.int64)
 
-    n_chunks = min(numba.get_num_threads(), max(n_obs, 1))
+    parts = n_threads(n_obs)
     g_logits = torch.empty_like(logits) if with_gradient else None
     g_pi = torch.empty_like(pi_logits) if with_gradient and pi_logits is not None else None
     g_library = torch.empty_like(library)
     # Cells that share a row of theta may be on different threads: one sum for each thread.
-    g_theta = np.zeros((1 if own_row else n_chunks, *theta_.shape), np.float32)
+    g_theta = np.zeros((1 if own_row else parts, *theta_.shape), np.float32)
     log_p = torch.empty_like(library)
 
-    _rows(
+    in_parallel(
+        _rows, n_obs,
         counts.indptr.numpy(), counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
         logits_, library.detach().contiguous().numpy(), theta_, theta_row, pi,
         np.ones(n_obs, np.float32) if weights is None else weights.numpy(),
-        kind, mean == "softmax", n_chunks, own_row,
+        kind, mean == "softmax", own_row,
         log_p.numpy(), empty2 if g_logits is None else g_logits.numpy(), g_library.numpy(), g_theta,
         empty2 if g_pi is None else g_pi.numpy(),
+        parts=parts,
     )  # fmt: skip
     if not with_gradient:
         return log_p, None
@@ -110,30 +115,39 @@ def _row_max(row, lanes):  # type: ignore[no-untyped-def]
     return top
 
 
+# The functions below take the zero case of every gene of a tile. They leave u = d f / d log mu and dp
+# where the gradients go, and what the correction at a non-zero must take back in scratch: f and dtheta
+# as they were counted, and log1p(mu / theta), which it needs again.
+
+
 @_njit(fastmath=_FLAGS)
-def _zero_poisson(mu, scale, u):  # type: ignore[no-untyped-def]
+def _zero_poisson(mu, scale, u, f_zero):  # type: ignore[no-untyped-def]
     f = _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         mu[g] = m
         u[g] = -m
+        f_zero[g] = -m
         f -= m
     return f, f
 
 
 @_njit(fastmath=_FLAGS)
-def _zero_nb(mu, scale, theta, weight, u, g_theta):  # type: ignore[no-untyped-def]
+def _zero_nb(mu, scale, theta, weight, u, g_theta, f_zero, d_zero, log1p_ratio):  # type: ignore[no-untyped-def]
     f, total_u = _f(0.0), _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         r = m / theta[g]
         log1p_r = log1p32(r)
         share = _f(1.0) / (_f(1.0) + r)
-        f -= theta[g] * log1p_r
+        z = -theta[g] * log1p_r
+        d = _dtheta_zero(r, share, log1p_r)
+        f += z
         total_u -= m * share
         u[g] = -m * share
         mu[g] = m
-        g_theta[g] += weight * _dtheta_zero(r, share, log1p_r)
+        g_theta[g] += weight * d
+        f_zero[g], d_zero[g], log1p_ratio[g] = z, d, log1p_r
     return f, total_u
 
 
@@ -145,7 +159,7 @@ def _dtheta_zero(r, share, log1p_r):  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_FLAGS)
-def _zero_zip(mu, scale, pi, weight, u, g_pi):  # type: ignore[no-untyped-def]
+def _zero_zip(mu, scale, pi, weight, u, g_pi, f_zero):  # type: ignore[no-untyped-def]
     f, total_u, n_tiny = _f(0.0), _f(0.0), _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
@@ -156,11 +170,14 @@ def _zero_zip(mu, scale, pi, weight, u, g_pi):  # type: ignore[no-untyped-def]
         mu[g] = m
         u[g] = -s * m
         g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
+        f_zero[g] = log_ratio
     return f, total_u, n_tiny
 
 
 @_njit(fastmath=_FLAGS)
-def _zero_zinb(mu, scale, theta, pi, weight, u, g_theta, g_pi):  # type: ignore[no-untyped-def]
+def _zero_zinb(  # type: ignore[no-untyped-def]
+    mu, scale, theta, pi, weight, u, g_theta, g_pi, f_zero, d_zero, log1p_ratio
+):
     f, total_u, n_tiny = _f(0.0), _f(0.0), _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
@@ -168,13 +185,15 @@ def _zero_zinb(mu, scale, theta, pi, weight, u, g_theta, g_pi):  # type: ignore[
         log1p_r = log1p32(r)
         share = _f(1.0) / (_f(1.0) + r)
         log_ratio, s, dp, tiny = _inflate(-theta[g] * log1p_r, pi[g])
+        d = s * _dtheta_zero(r, share, log1p_r)
         f += log_ratio
         total_u -= s * m * share
         n_tiny += tiny
         mu[g] = m
         u[g] = -s * m * share
-        g_theta[g] += weight * s * _dtheta_zero(r, share, log1p_r)
+        g_theta[g] += weight * d
         g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
+        f_zero[g], d_zero[g], log1p_ratio[g] = log_ratio, d, log1p_r
     return f, total_u, n_tiny
 
 
@@ -206,117 +225,139 @@ def _inflate(z, p):  # type: ignore[no-untyped-def]
 
 
 @_njit()
-def _entry(x, log_mu, mu, theta, p, kind):  # type: ignore[no-untyped-def]
-    """``(f, u, dtheta, dp)`` of one entry in float64, of any count including 0."""
-    if kind == _POISSON or kind == _ZIP:
-        log1p_r, share, z, dz = 0.0, 1.0, -mu, 0.0
-    else:
+def _zero_in_float64(mu, theta, p, has_theta):  # type: ignore[no-untyped-def]
+    """``(f, u, dtheta, dp)`` of a zero under ZINB or ZIP, where float32 underflows."""
+    log1p_r, share, z, d = 0.0, 1.0, -mu, 0.0
+    if has_theta:
         r = mu / theta
         log1p_r, share = math.log1p(r), 1.0 / (1.0 + r)
         z = -theta * log1p_r
-        dz = r * share - log1p_r if r > 1e-4 else r * r * (-0.5 + r * 2.0 / 3)
-    inflated = kind == _ZIP or kind == _ZINB
-    softplus_p, sigmoid_p = 0.0, 0.0
-    if inflated:
-        softplus_p = max(p, 0.0) + math.log1p(math.exp(-abs(p)))
-        sigmoid_p = math.exp(p - softplus_p)
-    if x > 0.0:
-        f = x * log_mu - lgamma_digamma(x + 1.0)[0] + z - softplus_p
-        if kind == _POISSON or kind == _ZIP:
-            return f, x - mu, 0.0, -sigmoid_p
-        rise, d_rise = rising_factorial(theta, x)
-        f += rise - x * (math.log(theta) + log1p_r)
-        return f, (x - mu) * share, d_rise + dz - x / (theta + mu), -sigmoid_p
-    if not inflated:
-        return z, -mu * share, dz, 0.0
+        d = r * share - log1p_r if r > 1e-4 else r * r * (-0.5 + r * 2.0 / 3)
+    softplus_p = max(p, 0.0) + math.log1p(math.exp(-abs(p)))
     top = max(p, z)
     log_sum = top + math.log(math.exp(p - top) + math.exp(z - top))
     s = math.exp(z - log_sum)
-    return log_sum - softplus_p, -s * mu * share, s * dz, math.exp(p - log_sum) - sigmoid_p
+    return log_sum - softplus_p, -s * mu * share, s * d, math.exp(p - log_sum) - math.exp(p - softplus_p)
 
 
-@_njit(parallel=True)
+@_njit()
+def _nb_at_count(x, log_mu, mu, theta, log1p_r):  # type: ignore[no-untyped-def]
+    """``(f, dtheta)`` of a count x > 0 under NB, without the terms in log x! and in z.
+
+    ``f = sum over k < x of log((theta + k) / (theta + mu)) + x log mu``.
+    """
+    over = 1.0 / (theta + mu)
+    if x <= 12.0 and x == math.floor(x) and theta < 1e20:
+        # Counts are small, nearly all of them: a product and one logarithm, which for large theta
+        # does not cancel as a difference of lgammas does. (slope / rise) is its derivative's logarithm.
+        product, rise, slope, t = 1.0, 1.0, 0.0, theta
+        for _ in range(int(x)):
+            product *= t * over
+            slope = slope * t + rise
+            rise *= t
+            t += 1.0
+        if product > 0.0:
+            return math.log(product) + x * log_mu, slope / rise - x * over
+    rise, slope = rising_factorial(theta, x)
+    return rise + x * (log_mu - math.log(theta) - log1p_r), slope - x * over
+
+
+@_njit()
 def _rows(  # type: ignore[no-untyped-def]
+    part, first, last,
     indptr, indices, data, logits, library, theta, theta_row, pi, weights,
-    kind, softmax, n_chunks, own_row,
+    kind, softmax, own_row,
     log_p, g_logits, g_library, g_theta, g_pi,
 ):  # fmt: skip
-    n_obs, n_vars = logits.shape
+    n_vars = logits.shape[1]
     with_gradient = g_logits.shape[1] == n_vars and n_vars > 0
     inflated = kind == _ZIP or kind == _ZINB
     has_theta = kind == _NB or kind == _ZINB
-    for part in numba.prange(n_chunks):
-        chunk = np.int64(part)  # numba makes the loop's own variable unsigned
-        slot = np.int64(0) if own_row else chunk
-        mu = np.empty(n_vars, np.float32)
-        lanes = np.empty(32, np.float32)
-        spare = np.empty(n_vars, np.float32)
-        none = np.empty(n_vars, np.float32)
-        for b in range(chunk * n_obs // n_chunks, (chunk + 1) * n_obs // n_chunks):
-            weight = weights[b]
-            u = g_logits[b] if with_gradient else spare
-            dp = g_pi[b] if with_gradient and inflated else none
-            p_row = pi[b] if inflated else none
-            th = theta[theta_row[b]] if has_theta else none
-            dth = g_theta[slot, theta_row[b]] if has_theta else none
+    slot = 0 if own_row else part
+    lanes = np.empty(32, np.float32)
+    scratch = np.empty((6, n_vars), np.float32)
+    mu, f_zero, d_zero, log1p_ratio, spare, none = (
+        scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
+    )  # fmt: skip
+    for b in range(first, last):
+        weight = weights[b]
+        u = g_logits[b] if with_gradient else spare
+        dp = g_pi[b] if with_gradient and inflated else none
+        p_row = pi[b] if inflated else none
+        th = theta[theta_row[b]] if has_theta else none
+        dth = g_theta[slot, theta_row[b]] if has_theta else none
 
-            shift = _row_max(logits[b], lanes) if softmax else _f(0.0)
-            total = _exp_shifted(logits[b], shift, mu)
-            if not softmax:
-                total = 1.0
-            scale = _f(library[b] / total)
-            log_scale = math.log(np.float64(library[b])) - np.float64(shift) - math.log(total)
+        shift = _row_max(logits[b], lanes) if softmax else _f(0.0)
+        total = _exp_shifted(logits[b], shift, mu)
+        if not softmax:
+            total = 1.0
+        scale = _f(library[b] / total)
+        log_scale = math.log(np.float64(library[b])) - np.float64(shift) - math.log(total)
 
-            f, total_u = 0.0, 0.0
-            for start in range(0, n_vars, _TILE):
-                t = slice(start, min(start + _TILE, n_vars))
-                if kind == _POISSON:
-                    part_f, part_u = _zero_poisson(mu[t], scale, u[t])
-                elif kind == _NB:
-                    part_f, part_u = _zero_nb(mu[t], scale, th[t], weight, u[t], dth[t])
+        f, total_u = 0.0, 0.0
+        for start in range(0, n_vars, _TILE):
+            t = slice(start, min(start + _TILE, n_vars))
+            if kind == _POISSON:
+                part_f, part_u = _zero_poisson(mu[t], scale, u[t], f_zero[t])
+            elif kind == _NB:
+                part_f, part_u = _zero_nb(
+                    mu[t], scale, th[t], weight, u[t], dth[t], f_zero[t], d_zero[t], log1p_ratio[t]
+                )
+            else:
+                if kind == _ZIP:
+                    part_f, part_u, n_tiny = _zero_zip(mu[t], scale, p_row[t], weight, u[t], dp[t], f_zero[t])
                 else:
-                    if kind == _ZIP:
-                        part_f, part_u, n_tiny = _zero_zip(mu[t], scale, p_row[t], weight, u[t], dp[t])
-                    else:
-                        part_f, part_u, n_tiny = _zero_zinb(
-                            mu[t], scale, th[t], p_row[t], weight, u[t], dth[t], dp[t]
-                        )
-                    if n_tiny > 0:
-                        for g in range(t.start, t.stop):
-                            if dp[g] == _LEFT_OUT:
-                                theta_g = np.float64(th[g]) if has_theta else 1.0
-                                e = _entry(0.0, 0.0, np.float64(mu[g]), theta_g, np.float64(p_row[g]), kind)
-                                f += e[0]
-                                total_u += e[1]
-                                u[g] = e[1]
-                                dp[g] = weight * _f(e[3])
-                                if has_theta:
-                                    dth[g] += weight * _f(e[2])
-                f += np.float64(part_f)
-                total_u += np.float64(part_u)
+                    part_f, part_u, n_tiny = _zero_zinb(
+                        mu[t], scale, th[t], p_row[t], weight, u[t], dth[t], dp[t],
+                        f_zero[t], d_zero[t], log1p_ratio[t],
+                    )  # fmt: skip
+                if n_tiny > 0:
+                    for g in range(t.start, t.stop):
+                        if dp[g] == _LEFT_OUT:
+                            theta_g = np.float64(th[g]) if has_theta else 1.0
+                            e = _zero_in_float64(np.float64(mu[g]), theta_g, np.float64(p_row[g]), has_theta)
+                            f += e[0]
+                            total_u += e[1]
+                            f_zero[g], u[g], dp[g] = e[0], e[1], weight * _f(e[3])
+                            if has_theta:
+                                d_zero[g] = e[2]
+                                dth[g] += weight * d_zero[g]
+            f += np.float64(part_f)
+            total_u += np.float64(part_u)
 
-            for k in range(indptr[b], indptr[b + 1]):
-                x = np.float64(data[k])
-                if x == 0.0:
-                    continue
-                g = indices[k]
-                theta_g = np.float64(th[g]) if has_theta else 1.0
-                p = np.float64(p_row[g]) if inflated else 0.0
-                log_mu = np.float64(logits[b, g]) + log_scale
-                m = math.exp(log_mu)
-                zero = _entry(0.0, log_mu, m, theta_g, p, kind)
-                full = _entry(x, log_mu, m, theta_g, p, kind)
-                f += full[0] - zero[0]
-                total_u += full[1] - np.float64(u[g])
-                u[g] = full[1]
-                if has_theta:
-                    dth[g] += weight * _f(full[2] - zero[2])
-                if inflated:
-                    dp[g] = weight * _f(full[3])
+        for k in range(indptr[b], indptr[b + 1]):
+            x = np.float64(data[k])
+            if x == 0.0:
+                continue
+            g = indices[k]
+            m = np.float64(mu[g])
+            log_mu = np.float64(logits[b, g]) + log_scale
+            tabled = x < _TABLE and x == math.floor(x)
+            log_factorial = _LOG_FACTORIAL[int(x)] if tabled else lgamma_digamma(x + 1.0)[0]
+            f -= np.float64(f_zero[g]) + log_factorial
+            total_u -= np.float64(u[g])
+            if has_theta:
+                theta_g = np.float64(th[g])
+                log1p_r = np.float64(log1p_ratio[g])
+                part, slope = _nb_at_count(x, log_mu, m, theta_g, log1p_r)
+                f += part - theta_g * log1p_r
+                r = _f(m / theta_g)
+                share = _f(1.0) / (_f(1.0) + r)
+                u[g] = (x - m) * share
+                dth[g] += weight * (_f(slope) + _dtheta_zero(r, share, log1p_ratio[g]) - d_zero[g])
+            else:
+                f += x * log_mu - m
+                u[g] = x - m
+            total_u += np.float64(u[g])
+            if inflated:
+                p = p_row[g]
+                q = exp32(-abs(p))
+                f -= np.float64(max(p, _f(0.0)) + log1p32(q))
+                dp[g] = -weight * (_f(1.0) if p >= _f(0.0) else q) / (_f(1.0) + q)
 
-            log_p[b] = f
-            g_library[b] = weight * _f(total_u / np.float64(library[b]))
-            if with_gradient:
-                pull = _f(total_u / np.float64(library[b])) if softmax else _f(0.0)
-                for g in range(n_vars):
-                    u[g] = weight * (u[g] - mu[g] * pull)
+        log_p[b] = f
+        g_library[b] = weight * _f(total_u / np.float64(library[b]))
+        if with_gradient:
+            pull = _f(total_u / np.float64(library[b])) if softmax else _f(0.0)
+            for g in range(n_vars):
+                u[g] = weight * (u[g] - mu[g] * pull)

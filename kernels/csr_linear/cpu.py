@@ -7,17 +7,23 @@ from typing import Any
 import numba
 from numpy.typing import NDArray
 
+from ..parallel import in_parallel, n_threads
+
 _FLAGS = {"contract", "nsz", "nnan", "ninf"}
 
 
 def forward(indptr: NDArray, indices: NDArray, values: NDArray, weight: NDArray, out: NDArray) -> None:
     """``out[b] = sum_k values[k] * weight[indices[k]]`` over the entries k of row b."""
-    _forward(indptr, indices, values, weight, out)
+    n_obs = len(indptr) - 1
+    in_parallel(_forward, n_obs, indptr, indices, values, weight, out, parts=n_threads(n_obs))
 
 
 def backward(indptr: NDArray, indices: NDArray, values: NDArray, upstream: NDArray, g_weight: NDArray) -> None:
     """``g_weight[indices[k]] += values[k] * upstream[b]``; ``g_weight`` comes in as zeros."""
-    _backward(indptr, indices, values, upstream, g_weight, min(numba.get_num_threads(), g_weight.shape[1]))
+    n_hidden = g_weight.shape[1]
+    in_parallel(
+        _backward, n_hidden, indptr, indices, values, upstream, g_weight, parts=n_threads(n_hidden)
+    )
 
 
 def _njit(**options: Any) -> Any:
@@ -30,21 +36,17 @@ def _add(out, value, row):  # type: ignore[no-untyped-def]
         out[h] += value * row[h]
 
 
-@_njit(parallel=True)
-def _forward(indptr, indices, values, weight, out):  # type: ignore[no-untyped-def]
-    for b in numba.prange(len(indptr) - 1):
+@_njit()
+def _forward(part, first, last, indptr, indices, values, weight, out):  # type: ignore[no-untyped-def]
+    for b in range(first, last):
         out[b, :] = 0
         for k in range(indptr[b], indptr[b + 1]):
             _add(out[b], values[k], weight[indices[k]])
 
 
-@_njit(parallel=True)
-def _backward(indptr, indices, values, upstream, g_weight, n_slices):  # type: ignore[no-untyped-def]
+@_njit()
+def _backward(part, first, last, indptr, indices, values, upstream, g_weight):  # type: ignore[no-untyped-def]
     # Two cells may share a gene: each thread owns some hidden units of all genes, so none collide.
-    n_hidden = g_weight.shape[1]
-    for index in numba.prange(n_slices):
-        part = numba.int64(index)  # numba makes the loop's own variable unsigned
-        lo, hi = part * n_hidden // n_slices, (part + 1) * n_hidden // n_slices
-        for b in range(len(indptr) - 1):
-            for k in range(indptr[b], indptr[b + 1]):
-                _add(g_weight[indices[k], lo:hi], values[k], upstream[b, lo:hi])
+    for b in range(len(indptr) - 1):
+        for k in range(indptr[b], indptr[b + 1]):
+            _add(g_weight[indices[k], first:last], values[k], upstream[b, first:last])
