@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -36,15 +36,25 @@ def options(
 
 @app.command()
 def ingest(
-    inputs: Annotated[list[Path], typer.Argument(help=".h5ad, AnnData .zarr, 10x .h5, or a Matrix Market folder.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help=".h5ad, AnnData .zarr, 10x .h5, or a Matrix Market folder.")
+    ],
     out: Out,
-    layer: Annotated[Optional[str], typer.Option(help="Where the counts are: a layer, or 'raw'; default X.")] = None,
-    join: Annotated[str, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")] = "inner",
-    var_key: Annotated[Optional[str], typer.Option(help="Column of var to join genes by; default their names.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Where the counts are: a layer, or 'raw'; default X.")
+    ] = None,
+    join: Annotated[
+        str, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")
+    ] = "inner",
+    var_key: Annotated[
+        str | None, typer.Option(help="Column of var to join genes by; default their names.")
+    ] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Write cells in random order.")] = False,
     seed: Seed = 0,
     input_key: Annotated[str, typer.Option(help="Column of obs that names the input of a cell.")] = "input",
-    make_unique: Annotated[bool, typer.Option("--make-unique", help="Rename duplicate genes and cells.")] = False,
+    make_unique: Annotated[
+        bool, typer.Option("--make-unique", help="Rename duplicate genes and cells.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Make an atlas: one AnnData Zarr store from one or many files, in bounded memory.
@@ -104,7 +114,11 @@ def info(
     with open_atlas(path) as atlas:
         table.add_row("cells", f"{atlas.n_obs:,}")
         table.add_row("genes", f"{atlas.n_vars:,}")
-        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+        size = (
+            sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            if path.is_dir()
+            else path.stat().st_size
+        )
         table.add_row("on disk", f"{size / 2**20:,.1f} MiB")
         table.add_row("decoded", f"{atlas.bytes_per_row * atlas.n_obs / 2**20:,.1f} MiB")
         for key in atlas.obs_keys:
@@ -124,12 +138,16 @@ def info(
 def train(
     atlas: Annotated[Path, typer.Argument(help="An atlas.")],
     out: Out,
-    batch_key: Annotated[Optional[str], typer.Option(help="Column of obs with the batch to remove.")] = None,
-    labels_key: Annotated[Optional[str], typer.Option(help="Column of obs with labels.")] = None,
-    layer: Annotated[Optional[str], typer.Option(help="Where the counts are; default X.")] = None,
-    size_factor_key: Annotated[Optional[str], typer.Option(help="Column of obs with size factors.")] = None,
-    categorical_covariate: Annotated[Optional[list[str]], typer.Option(help="A further column to remove.")] = None,
-    continuous_covariate: Annotated[Optional[list[str]], typer.Option(help="A further column to remove.")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
+    labels_key: Annotated[str | None, typer.Option(help="Column of obs with labels.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Where the counts are; default X.")] = None,
+    size_factor_key: Annotated[str | None, typer.Option(help="Column of obs with size factors.")] = None,
+    categorical_covariate: Annotated[
+        list[str] | None, typer.Option(help="A further column to remove.")
+    ] = None,
+    continuous_covariate: Annotated[
+        list[str] | None, typer.Option(help="A further column to remove.")
+    ] = None,
     gene_mask: Annotated[
         str, typer.Option(help="Boolean column of var that chooses genes; 'auto' or 'none'.")
     ] = "auto",
@@ -139,15 +157,21 @@ def train(
     n_hidden: Annotated[int, typer.Option(help="Width of hidden layers.")] = 128,
     n_layers: Annotated[int, typer.Option(help="Hidden layers.")] = 1,
     paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
-    max_epochs: Annotated[Optional[int], typer.Option(help="Passes over the cells; default by their number.")] = None,
+    max_epochs: Annotated[
+        int | None, typer.Option(help="Passes over the cells; default by their number.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     kl_warmup_epochs: Annotated[int, typer.Option(help="Epochs over which the KL weight rises to 1.")] = 400,
     train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
-    early_stopping: Annotated[bool, typer.Option("--early-stopping", help="Stop when validation stalls.")] = False,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="Stop when validation stalls.")
+    ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     seed: Seed = 0,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints; 0: each epoch.")] = 60.0,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Seconds between checkpoints; 0: each epoch.")
+    ] = 60.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -192,7 +216,8 @@ def latent(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
     atlas: Annotated[Path, typer.Argument(help="An atlas.")],
     out: Annotated[
-        Optional[Path], typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default ATLAS.")
+        Path | None,
+        typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default ATLAS."),
     ] = None,
     key: Annotated[str, typer.Option(help="Key of obsm.")] = "X_scVI",
 ) -> None:
@@ -215,8 +240,12 @@ def decode(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
     atlas: Annotated[Path, typer.Argument(help="An atlas.")],
     out: Out,
-    genes: Annotated[Optional[list[str]], typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")] = None,
-    transform_batch: Annotated[Optional[list[str]], typer.Option(help="Decode as this batch; several are averaged.")] = None,
+    genes: Annotated[
+        list[str] | None, typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")
+    ] = None,
+    transform_batch: Annotated[
+        list[str] | None, typer.Option(help="Decode as this batch; several are averaged.")
+    ] = None,
     library_size: Annotated[str, typer.Option(help="rho is multiplied by it: a number, or 'latent'.")] = "1",
     n_samples: Annotated[int, typer.Option(help="Draws of z averaged over.")] = 1,
     seed: Seed = 0,

@@ -48,12 +48,17 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
     ours = {"atlas.zarr", "model", "markers.zarr", "report.html"}
     strangers = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
     if strangers or (out.exists() and not out.is_dir()):
-        raise StoreError(f"{str(out)!r} holds {(strangers or ['a file'])[0]!r}; name a new folder for the demo")
+        raise StoreError(
+            f"{str(out)!r} holds {(strangers or ['a file'])[0]!r}; name a new folder for the demo"
+        )
     out.mkdir(parents=True, exist_ok=True)
 
     watch = Stopwatch()
     truth = Simulation(n_obs, n_vars, seed=seed)
-    with watch.step("simulate and ingest", f"{n_obs:,} cells x {n_vars:,} genes, to Zarr"), stage_bars("cells") as step:
+    with (
+        watch.step("simulate and ingest", f"{n_obs:,} cells x {n_vars:,} genes, to Zarr"),
+        stage_bars("cells") as step,
+    ):
         ingest(truth, out / "atlas.zarr", shuffle=True, seed=seed, overwrite=True, progress=step)
     atlas = open_atlas(out / "atlas.zarr")
 
@@ -73,11 +78,12 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         write_latent(model.latent_blocks(), atlas, model.config.n_latent, None, "X_scVI", advance)
     markers = truth.markers(MARKERS_EACH)
     genes = [str(truth.var_names[g]) for g in markers]
-    with watch.step("decode", f"{len(genes)} marker genes of every cell"), bar("decode", n_obs, "cells") as advance:
+    with (
+        watch.step("decode", f"{len(genes)} marker genes of every cell"),
+        bar("decode", n_obs, "cells") as advance,
+    ):
         rho = model.expression(genes=genes)
-        write_expression(
-            rho, atlas.obs_names, genes, out / "markers.zarr", overwrite=True, advance=advance
-        )
+        write_expression(rho, atlas.obs_names, genes, out / "markers.zarr", overwrite=True, advance=advance)
 
     batch, types = pd.Categorical(atlas.obs_column("batch")), pd.Categorical(atlas.obs_column("cell_type"))
     cells = ~(np.asarray(atlas.obs_column("is_doublet")) | np.asarray(atlas.obs_column("is_empty")))
@@ -93,7 +99,9 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         # The atlas is shuffled: a cell's name holds its number in the simulation.
         number = np.array([int(name.rsplit("-", 1)[1]) for name in atlas.obs_names[shown]])
         check = decode_check(
-            rho[shown].compute(), truth.true_rho_of(number, genes=markers), types[shown].remove_unused_categories()
+            rho[shown].compute(),
+            truth.true_rho_of(number, genes=markers),
+            types[shown].remove_unused_categories(),
         )
 
     records = model.records
@@ -111,7 +119,7 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         ),
         embedding=view,
         scores=scores,
-        scored="Doublets and empty droplets are in the training and left out of the scores; types are the simulation's.",
+        scored="Doublets and empty droplets are trained on and not scored; the types are the simulation's.",
         decoding=Decoding(check, tuple(genes), tuple(range(len(genes)))),
         seed=seed,
         versions=package_versions("atlasvi", "torch", "zarr", "dask", "numba"),

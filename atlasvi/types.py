@@ -162,7 +162,9 @@ class Posterior:
         """A draw, differentiable in mean and scale, from standard normal ``epsilon`` of the same shape."""
         return self.loc + self.scale * epsilon
 
-    def kl_divergence(self, loc: torch.Tensor | float = 0.0, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    def kl_divergence(
+        self, loc: torch.Tensor | float = 0.0, scale: torch.Tensor | float = 1.0
+    ) -> torch.Tensor:
         """``(B,)`` KL(q || N(loc, scale^2)) in nats, summed over dimensions."""
         scale = torch.as_tensor(scale, dtype=self.loc.dtype, device=self.loc.device)
         ratio = (self.scale / scale).square()

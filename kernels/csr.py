@@ -92,9 +92,7 @@ class CSR:
         return self.indptr.nbytes + self.indices.nbytes + self.data.nbytes
 
     @classmethod
-    def from_numpy(
-        cls, indptr: NDArray[Any], indices: NDArray[Any], data: NDArray[Any], n_vars: int
-    ) -> CSR:
+    def from_numpy(cls, indptr: NDArray[Any], indices: NDArray[Any], data: NDArray[Any], n_vars: int) -> CSR:
         """Wrap numpy arrays; no copy but of an ``indptr`` that is not int64."""
         return cls(
             torch.from_numpy(np.ascontiguousarray(indptr, dtype=np.int64)),
@@ -170,9 +168,7 @@ class CSR:
 
     def pin_memory(self) -> CSR:
         """The same matrix in page-locked memory, from which a GPU copies without waiting."""
-        return CSR(
-            self.indptr.pin_memory(), self.indices.pin_memory(), self.data.pin_memory(), self.n_vars
-        )
+        return CSR(self.indptr.pin_memory(), self.indices.pin_memory(), self.data.pin_memory(), self.n_vars)
 
     def take_rows(self, rows: NDArray[np.int64]) -> CSR:
         """Rows in the order given (they may repeat), copied.
@@ -200,7 +196,9 @@ class CSR:
         """
         indptr, indices, data = self.numpy()
         dtype = np.uint16 if n_vars <= 1 << 16 else np.uint32
-        out = _map_columns(indptr, indices, data, np.ascontiguousarray(column_of, np.int64), np.empty(0, dtype))
+        out = _map_columns(
+            indptr, indices, data, np.ascontiguousarray(column_of, np.int64), np.empty(0, dtype)
+        )
         return CSR.from_numpy(*out, n_vars)
 
     def drop_zeros(self) -> CSR:

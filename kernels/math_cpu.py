@@ -19,7 +19,7 @@ _f = np.float32
 
 @numba.njit(fastmath=_FLAGS, error_model="numpy", nogil=True, cache=True, forceinline=True)
 def exp32(x):  # type: ignore[no-untyped-def]
-    """exp of a float32; below -87 it stays at exp(-87) = 1.6e-38, above 88 at exp(88) = 1.7e38."""
+    """Exp of a float32; below -87 it stays at exp(-87) = 1.6e-38, above 88 at exp(88) = 1.7e38."""
     return exp_expm1_32(x)[0]
 
 
@@ -87,13 +87,25 @@ def lgamma_digamma(x):  # type: ignore[no-untyped-def]
     log_x = math.log(x)
     series = inv * (
         1.0 / 12
-        - inv2 * (1.0 / 360 - inv2 * (1.0 / 1260 - inv2 * (1.0 / 1680 - inv2 * (1.0 / 1188 - inv2 * 691.0 / 360360))))
+        - inv2
+        * (
+            1.0 / 360
+            - inv2 * (1.0 / 1260 - inv2 * (1.0 / 1680 - inv2 * (1.0 / 1188 - inv2 * 691.0 / 360360)))
+        )
     )
     lgamma = (x - 0.5) * log_x - x + 0.9189385332046727 + series - math.log(product)
     digamma = (
         log_x
         - 0.5 * inv
-        - inv2 * (1.0 / 12 - inv2 * (1.0 / 120 - inv2 * (1.0 / 252 - inv2 * (1.0 / 240 - inv2 * (1.0 / 132 - inv2 * 691.0 / 32760)))))
+        - inv2
+        * (
+            1.0 / 12
+            - inv2
+            * (
+                1.0 / 120
+                - inv2 * (1.0 / 252 - inv2 * (1.0 / 240 - inv2 * (1.0 / 132 - inv2 * 691.0 / 32760)))
+            )
+        )
         - shift
     )
     return lgamma, digamma

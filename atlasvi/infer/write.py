@@ -83,8 +83,8 @@ def write_latent(
 def _check_cells(target: Atlas, atlas: Atlas) -> None:
     if target.n_obs != atlas.n_obs or not np.array_equal(target.obs_names, atlas.obs_names):
         raise CellsError(
-            f"{target.name} has {target.n_obs:,} cells and {atlas.name} {atlas.n_obs:,}, or in another order; "
-            "latents are written to the cells they are of"
+            f"{target.name} has {target.n_obs:,} cells and {atlas.name} {atlas.n_obs:,}, or in another "
+            "order; latents are written to the cells they are of"
         )
 
 

@@ -1,5 +1,6 @@
 """Negative binomial: mean ``mu``, variance ``mu + mu^2 / theta``; a Poisson whose rate is
-Gamma(shape theta, rate theta / mu), as in Lopez et al. 2018, eqs. 3 and 4."""
+Gamma(shape theta, rate theta / mu), as in Lopez et al. 2018, eqs. 3 and 4.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Zero-inflated negative binomial: 0 with probability ``pi``, else NB; mean ``(1 - pi) mu``.
-Lopez et al. 2018, eqs. 3 to 7."""
+Lopez et al. 2018, eqs. 3 to 7.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every model shares: registration, training, questions, files. Thin: the work is in the folders below."""
+"""What every model shares: registration, training, questions, files. The work is in the folders below."""
 
 from __future__ import annotations
 
@@ -275,9 +275,9 @@ class CountModel(Generic[Config, Module]):
         device = _device(accelerator, devices)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
-        one_of("early_stopping_monitor", early_stopping_monitor, [
-            f"{term}_{part}" for term in ("elbo", "reconstruction_loss", "kl_local") for part in ("validation", "train")
-        ])  # fmt: skip
+        terms = ("elbo", "reconstruction_loss", "kl_local")
+        monitors = [f"{term}_{part}" for term in terms for part in ("validation", "train")]
+        one_of("early_stopping_monitor", early_stopping_monitor, monitors)
         self._split = {
             "n_obs": atlas.n_obs, "train_size": train_size, "validation_size": validation_size,
             "shuffle": shuffle_set_split, "seed": seed,
@@ -534,7 +534,7 @@ class CountModel(Generic[Config, Module]):
         seed: int = 0,
         **unsupported: object,
     ) -> Any:
-        """rho as a data frame (or array): for results that fit in memory; others are refused with their size.
+        """Rho as a data frame (or array): for results that fit in memory; others are refused with their size.
 
         Args:
             adata: other data; that of the model when ``None``.
@@ -608,7 +608,9 @@ class CountModel(Generic[Config, Module]):
         known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
         strangers = [p.name for p in path.iterdir() if p.name not in known] if path.exists() else []
         if strangers:
-            raise ModelError(f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder")
+            raise ModelError(
+                f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder"
+            )
         description = {
             "format": FORMAT,
             "model": type(self).__name__,
@@ -644,7 +646,9 @@ class CountModel(Generic[Config, Module]):
         path = Path(dir_path)
         description = read_description(path)
         if description["model"] != cls.__name__:
-            raise ModelError(f"{str(path)!r} is a {description['model']}, not a {cls.__name__}: use that class")
+            raise ModelError(
+                f"{str(path)!r} is a {description['model']}, not a {cls.__name__}: use that class"
+            )
         model = cls.__new__(cls)
         model.atlas, model._codes = None, None
         model.config = cls.config_type(**description["config"])
@@ -715,7 +719,9 @@ class CountModel(Generic[Config, Module]):
         codes = []
         for name in [names] if isinstance(names, str) else names:
             if str(name) not in known:
-                raise ObsError(f"transform_batch {name!r} is not a batch of the model; it knows {', '.join(known)}")
+                raise ObsError(
+                    f"transform_batch {name!r} is not a batch of the model; it knows {', '.join(known)}"
+                )
             codes.append(known.index(str(name)))
         return tuple(codes)
 
@@ -744,7 +750,7 @@ def split_cells(
     validation_size = 1 - train_size if validation_size is None else validation_size
     if not 0 < train_size <= 1 or not 0 <= validation_size <= 1 or train_size + validation_size > 1 + 1e-9:
         raise OptionError(
-            f"train_size {train_size} and validation_size {validation_size} must be shares that sum to 1 at most"
+            f"train_size {train_size} and validation_size {validation_size} must be shares of 1 in sum"
         )
     n_train = int(np.ceil(train_size * n_obs))
     n_validation = min(int(np.floor(validation_size * n_obs + 1e-9)), n_obs - n_train)
@@ -792,13 +798,17 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     if not (path / DESCRIPTION).is_file():
         if (path / CHECKPOINT).is_dir():
-            raise ModelError(f"training into {str(path)!r} has not finished; go on with: atlasvi train --resume")
+            raise ModelError(
+                f"training into {str(path)!r} has not finished; go on with: atlasvi train --resume"
+            )
         raise ModelError(f"{str(path)!r} is not a model folder: it has no {DESCRIPTION}")
     try:
         description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
         written = int(description["format"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again") from error
+        raise ModelError(
+            f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
+        ) from error
     if written > FORMAT:
         version = description.get("versions", {}).get("atlasvi", "a newer version")
         raise VersionError(

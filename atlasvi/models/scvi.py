@@ -26,12 +26,12 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
+from atlasvi.models.base import CountModel, LibraryMoments, one_of
 from atlasvi.nn.decoder import Decoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
-from atlasvi.models.base import CountModel, LibraryMoments, one_of
 
 if TYPE_CHECKING:
     from atlasvi.models.base import Data
@@ -273,9 +273,7 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
 
     @classmethod
-    def paper(
-        cls, adata: Data, *, n_latent: int = 10, gene_likelihood: str = "zinb", seed: int = 0
-    ) -> SCVI:
+    def paper(cls, adata: Data, *, n_latent: int = 10, gene_likelihood: str = "zinb", seed: int = 0) -> SCVI:
         """The setting of Lopez et al. 2018: batch in the encoder, latent library size, and a training
         plan of minibatches of 128 with Adam (rate 0.001, epsilon 0.01) and a KL warm-up over 400 epochs.
 

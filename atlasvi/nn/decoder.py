@@ -1,4 +1,4 @@
-"""From the latent to the parameters of each gene: hidden layers, then heads that can be asked for some genes."""
+"""From the latent to the parameters of each gene: hidden layers, then heads that can give some genes only."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atlasvi.types import Noise
 from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.types import Noise
 
 
 class Decoder(nn.Module):

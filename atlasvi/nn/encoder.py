@@ -6,8 +6,8 @@ import torch
 from atlasvi_kernels import CSR
 from torch import nn
 
-from atlasvi.types import Noise, Posterior
 from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.types import Noise, Posterior
 
 VARIANCE_FLOOR = 1e-4  # added to the variance, as scvi-tools does
 

@@ -76,8 +76,8 @@ def load_checkpoint(
     if differing:
         key = differing[0]
         raise ModelError(
-            f"the checkpoint in {str(path)!r} was made with {key}={rest['run'].get(key)!r}, now {run[key]!r}; "
-            "resume with the same options, or train without resume"
+            f"the checkpoint in {str(path)!r} was made with {key}={rest['run'].get(key)!r}, "
+            f"now {run[key]!r}; resume with the same options, or train without resume"
         )
     module.load_state_dict(load_file(path / "weights.safetensors"))
     moments: dict[int, dict[str, torch.Tensor]] = {}

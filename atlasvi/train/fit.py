@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from atlasvi.errors import TrainingError
-from atlasvi.types import Minibatch, Noise, StepWeights, Trains
 from atlasvi.train.checkpoint import load_checkpoint, save_checkpoint
 from atlasvi.train.history import EpochRecord, TermSums
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan
+from atlasvi.types import Minibatch, Noise, StepWeights, Trains
 
 # Validation draws its noise from a seed of its own, the same at each epoch: epochs compare like with like.
 VALIDATION_SEED = 1 << 40
@@ -108,7 +108,9 @@ def fit(
             kl_weight = plan.kl_weight(epoch, step)
             terms = module.loss(minibatch, Noise(seed, step, minibatch.rows), StepWeights(kl=kl_weight))
             if not bool(torch.isfinite(terms.total)):
-                raise TrainingError(_not_finite(float(terms.total), epoch, step, minibatch, checkpoints, records))
+                raise TrainingError(
+                    _not_finite(float(terms.total), epoch, step, minibatch, checkpoints, records)
+                )
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             optimizer.step()
@@ -175,7 +177,11 @@ def _not_finite(
     last = "no checkpoint was asked for"
     if checkpoints is not None:
         there = (checkpoints.path / "state.json").is_file()
-        last = f"the last good checkpoint is {str(checkpoints.path)!r}" if there else "no checkpoint was written yet"
+        last = (
+            f"the last good checkpoint is {str(checkpoints.path)!r}"
+            if there
+            else "no checkpoint was written yet"
+        )
     return (
         f"the loss became {loss} at step {step} (epoch {epoch}), in the minibatch of rows {shown}; {last}. "
         "Lower lr (plan_kwargs={'lr': ...}) or look at those cells"

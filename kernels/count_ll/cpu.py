@@ -40,8 +40,8 @@ def run(
     weights: torch.Tensor | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
-    """``(log_p, [d logits, d library, d theta, d pi_logits])`` with cell b's gradient times ``weights[b]``."""
-    n_obs, n_vars = counts.shape
+    """``(log_p, [d logits, d library, d theta, d pi_logits])`` cell b's gradient times ``weights[b]``."""
+    n_obs = counts.n_obs
     kind = _KIND[likelihood]
     empty2 = np.empty((0, 0), np.float32)
 

@@ -119,7 +119,9 @@ def _check(
     if (theta is None) != (likelihood in ("poisson", "zip")):
         raise ValueError(f"likelihood {likelihood!r} {'needs' if theta is None else 'takes no'} theta")
     if (pi_logits is None) != (likelihood in ("poisson", "nb")):
-        raise ValueError(f"likelihood {likelihood!r} {'needs' if pi_logits is None else 'takes no'} pi_logits")
+        raise ValueError(
+            f"likelihood {likelihood!r} {'needs' if pi_logits is None else 'takes no'} pi_logits"
+        )
     b, g = counts.shape
     shapes = {"logits": (logits, [(b, g)]), "library": (library, [(b,)])}
     if pi_logits is not None:
@@ -129,13 +131,21 @@ def _check(
     elif theta is not None and theta_index is not None:
         shapes["theta"] = (theta, [(theta.shape[0], g)])
         if theta_index.shape != (b,) or theta_index.dtype != torch.int64:
-            raise ValueError(f"theta_index must be ({b},) int64, is {tuple(theta_index.shape)} {theta_index.dtype}")
+            raise ValueError(
+                f"theta_index must be ({b},) int64, is {tuple(theta_index.shape)} {theta_index.dtype}"
+            )
         if b and not 0 <= int(theta_index.min()) <= int(theta_index.max()) < theta.shape[0]:
-            raise ValueError(f"theta_index must lie in [0, {theta.shape[0]}), reaches {int(theta_index.max())}")
+            raise ValueError(
+                f"theta_index must lie in [0, {theta.shape[0]}), reaches {int(theta_index.max())}"
+            )
     for name, (tensor, allowed) in shapes.items():
         if tuple(tensor.shape) not in allowed:
-            raise ValueError(f"{name} must be of shape {' or '.join(map(str, allowed))}, is {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be of shape {' or '.join(map(str, allowed))}, is {tuple(tensor.shape)}"
+            )
         if tensor.dtype != logits.dtype or not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, logits are {logits.dtype}; one floating type is needed")
+            raise ValueError(
+                f"{name} is {tensor.dtype}, logits are {logits.dtype}; one floating type is needed"
+            )
         if tensor.device != counts.device:
             raise ValueError(f"{name} is on {tensor.device}, counts are on {counts.device}")

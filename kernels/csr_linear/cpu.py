@@ -18,12 +18,12 @@ def forward(indptr: NDArray, indices: NDArray, values: NDArray, weight: NDArray,
     in_parallel(_forward, n_obs, indptr, indices, values, weight, out, parts=n_threads(n_obs))
 
 
-def backward(indptr: NDArray, indices: NDArray, values: NDArray, upstream: NDArray, g_weight: NDArray) -> None:
+def backward(
+    indptr: NDArray, indices: NDArray, values: NDArray, upstream: NDArray, g_weight: NDArray
+) -> None:
     """``g_weight[indices[k]] += values[k] * upstream[b]``; ``g_weight`` comes in as zeros."""
     n_hidden = g_weight.shape[1]
-    in_parallel(
-        _backward, n_hidden, indptr, indices, values, upstream, g_weight, parts=n_threads(n_hidden)
-    )
+    in_parallel(_backward, n_hidden, indptr, indices, values, upstream, g_weight, parts=n_threads(n_hidden))
 
 
 def _njit(**options: Any) -> Any:

@@ -76,6 +76,10 @@ class _Numba(torch.autograd.Function):
         indptr, indices, values = ctx.saved_tensors
         g_weight = torch.zeros(ctx.n_vars, upstream[0].shape[1])
         cpu.backward(
-            indptr.numpy(), indices.numpy(), values.numpy(), upstream[0].contiguous().numpy(), g_weight.numpy()
+            indptr.numpy(),
+            indices.numpy(),
+            values.numpy(),
+            upstream[0].contiguous().numpy(),
+            g_weight.numpy(),
         )
         return None, None, None, g_weight

@@ -105,12 +105,16 @@ def test_extremes_stay_finite_and_right(likelihood):
         "logits": torch.from_numpy(rng.uniform(-60, 60, (8, g))),
         "library": torch.from_numpy(10 ** np.linspace(0, 7, 8)),
         "theta": torch.from_numpy(10 ** rng.uniform(-4, 6, g)) if likelihood in ("nb", "zinb") else None,
-        "pi_logits": torch.from_numpy(rng.uniform(-60, 60, (8, g))) if likelihood in ("zip", "zinb") else None,
+        "pi_logits": torch.from_numpy(rng.uniform(-60, 60, (8, g)))
+        if likelihood in ("zip", "zinb")
+        else None,
     }
     x = torch.from_numpy(x)
     # The reference sees what float32 can hold of the inputs: the comparison is of the computing.
     tensors = {k: None if v is None else v.float().double() for k, v in tensors.items()}
-    expected, expected_grad = run(x, tensors, None, dtype=torch.float64, backend="reference", likelihood=likelihood)
+    expected, expected_grad = run(
+        x, tensors, None, dtype=torch.float64, backend="reference", likelihood=likelihood
+    )
     got, grad = run(x, tensors, None, dtype=torch.float32, backend="numba", likelihood=likelihood)
     assert torch.isfinite(got).all()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
@@ -129,7 +133,9 @@ def test_where_dropout_and_zero_case_both_vanish():
         "pi_logits": torch.tensor([[-100.0, -200.0, -90.0]], dtype=torch.float64),
     }
     x = torch.tensor([[0, 0, 5]])
-    expected, expected_grad = run(x, tensors, None, dtype=torch.float64, backend="reference", likelihood="zinb")
+    expected, expected_grad = run(
+        x, tensors, None, dtype=torch.float64, backend="reference", likelihood="zinb"
+    )
     got, grad = run(x, tensors, None, dtype=torch.float32, backend="numba", likelihood="zinb")
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
     for name in grad:
@@ -142,7 +148,9 @@ def test_zinb_tends_to_nb_and_nb_to_poisson():
     nb = {**t, "pi_logits": None}
     poisson = {**nb, "theta": None}
     options = {"dtype": torch.float64, "backend": "reference"}
-    no_dropout = run(x, {**t, "pi_logits": torch.full_like(t["pi_logits"], -50)}, None, likelihood="zinb", **options)
+    no_dropout = run(
+        x, {**t, "pi_logits": torch.full_like(t["pi_logits"], -50)}, None, likelihood="zinb", **options
+    )
     torch.testing.assert_close(no_dropout[0], run(x, nb, None, likelihood="nb", **options)[0])
     no_spread = run(x, {**nb, "theta": torch.full_like(t["theta"], 1e9)}, None, likelihood="nb", **options)
     torch.testing.assert_close(
@@ -166,7 +174,11 @@ def test_integer_types_unsorted_columns_and_explicit_zeros_do_not_matter(index_t
         20,
     )
     got = count_log_likelihood(
-        counts, t["logits"].float(), t["library"].float(), t["theta"].float(), pi_logits=t["pi_logits"].float()
+        counts,
+        t["logits"].float(),
+        t["library"].float(),
+        t["theta"].float(),
+        pi_logits=t["pi_logits"].float(),
     )
     torch.testing.assert_close(got.double(), expected)
 
@@ -220,8 +232,12 @@ def test_odd_shapes(shape):
 )
 def test_what_does_not_fit_is_named(change, says):
     arguments = {
-        "logits": torch.zeros(2, 3), "library": torch.ones(2), "theta": torch.ones(3), "likelihood": "nb", **change,
-    }  # fmt: skip
+        "logits": torch.zeros(2, 3),
+        "library": torch.ones(2),
+        "theta": torch.ones(3),
+        "likelihood": "nb",
+        **change,
+    }
     with pytest.raises(ValueError, match=says):
         count_log_likelihood(CSR.from_torch(torch.ones(2, 3)), **arguments)
 

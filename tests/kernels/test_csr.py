@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 
-
 def of_width(width):
     return st.tuples(st.integers(0, 6), width).flatmap(
         lambda shape: arrays(np.uint8, shape, elements=st.integers(0, 3))

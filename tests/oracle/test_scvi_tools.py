@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from atlasvi.models.scvi import SCVIConfig, SCVIModule
+from atlasvi_kernels import CSR
+
 from atlasvi.models.base import LibraryMoments
+from atlasvi.models.scvi import SCVIConfig, SCVIModule
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, Minibatch, StepWeights
-from atlasvi_kernels import CSR
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INDEX = json.loads((FIXTURES / "scvi_tools.json").read_text())
@@ -209,7 +210,9 @@ def test_a_training_step_agrees(case):
     for name, parameter in module.named_parameters():
         theirs, convert = names[name]
         expected = convert(arrays[f"gradient/{theirs}"])
-        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
         compared += 1
     assert compared == len(list(module.parameters())) > 10
     for name, buffer in module.named_buffers():
