@@ -28,6 +28,12 @@ LEARNING_RATE = 4e-3
 
 
 def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int = 15, seed: int = 0) -> Path:
+    """`make` the report and write it to ``out / "report.html"``; returns its path."""
+    report = make(out, n_obs=n_obs, n_vars=n_vars, max_epochs=max_epochs, seed=seed)
+    return write_report(Path(out) / "report.html", report)
+
+
+def make(out: Path, *, n_obs: int, n_vars: int, max_epochs: int, seed: int) -> Report:
     """Simulate, ingest, train, write latents, decode, score, report; all of it streamed.
 
     Args:
@@ -39,7 +45,7 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         seed: of everything.
 
     Returns:
-        The path of the report.
+        What a report shows.
 
     Raises:
         StoreError: ``out`` holds something else.
@@ -105,7 +111,7 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         )
 
     records = model.records
-    report = Report(
+    return Report(
         title="An atlas, from counts to expression",
         summary=_summary(scores, check, watch),
         n_obs=n_obs,
@@ -126,7 +132,6 @@ def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int 
         command=f"atlasvi demo -o {out.name}",
         snippet=_SNIPPET.format(folder=out.name, genes=genes[:2]),
     )
-    return write_report(out / "report.html", report)
 
 
 _SNIPPET = """\
