@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Join = Literal["inner", "outer"]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed: the same one gives the same result.")]
@@ -44,7 +45,7 @@ def ingest(
         str | None, typer.Option(help="Where the counts are: a layer, or 'raw'; default X.")
     ] = None,
     join: Annotated[
-        str, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")
+        Join, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")
     ] = "inner",
     var_key: Annotated[
         str | None, typer.Option(help="Column of var to join genes by; default their names.")
@@ -182,11 +183,12 @@ def train(
     Example: atlasvi train atlas.zarr -o model --batch-key donor
     """
     from atlasvi.errors import ModelError
-    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, LOG
+    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, LOG, check_destination
     from atlasvi.models.scvi import SCVI
     from atlasvi.store.atlas import open as open_atlas
     from atlasvi.train.history import CsvLog
 
+    check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
     data = open_atlas(path=atlas, layer=layer)
@@ -264,6 +266,8 @@ def decode(
         library: float | str = library_size if library_size == "latent" else float(library_size)
     except ValueError:
         raise OptionError(f"--library-size {library_size!r} is neither a number nor 'latent'") from None
+    if out.resolve() in (atlas.resolve(), model.resolve()):
+        raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
     trained = SCVI.load(model, atlas)
     rho = trained.expression(
         genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples, seed=seed
@@ -307,8 +311,9 @@ def main() -> None:
     warnings.showwarning = show
     try:
         app()
-    except AtlasviError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (AtlasviError, OSError) as error:
+        # An OSError that is not ours says what the system refused, and where.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; what was written before is whole", file=sys.stderr)

@@ -23,21 +23,22 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
         enabled: ``False`` prints nothing.
     """
     if not enabled:
-        yield lambda done, note="": None
+        yield _say_nothing
         return
     if not sys.stderr.isatty():
         started = time.perf_counter()
-        last = [0, ""]
+        so_far, last_note = 0, ""
 
         def remember(done: int, note: str = "") -> None:
-            last[:] = [done, note]
+            nonlocal so_far, last_note
+            so_far, last_note = done, note
 
         yield remember
         seconds = time.perf_counter() - started
-        rate = last[0] / max(seconds, 1e-9)
-        note = f", {last[1]}" if last[1] else ""
+        rate = so_far / max(seconds, 1e-9)
+        note = f", {last_note}" if last_note else ""
         print(
-            f"{description}: {last[0]:,} {unit} in {seconds:.1f} s ({rate:,.0f}/s){note}",
+            f"{description}: {so_far:,} {unit} in {seconds:.1f} s ({rate:,.0f}/s){note}",
             file=sys.stderr,
             flush=True,
         )
@@ -80,3 +81,7 @@ def stage_bars(unit: str, *, enabled: bool = True) -> Iterator[Callable[[str, in
             advance[0](done, "")
 
         yield step
+
+
+def _say_nothing(done: int, note: str = "") -> None:
+    """The bar that is not shown."""

@@ -71,7 +71,8 @@ class FieldMap:
         raw["categorical_covariate_categories"] = tuple(
             tuple(levels) for levels in raw["categorical_covariate_categories"]
         )
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,10 @@ class Decodes(Protocol):
         self, z: torch.Tensor, minibatch: Minibatch, genes: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``(B, len(genes))`` log of the normalised expression, normalised over *all* genes."""
+        ...
+
+    def library(self, minibatch: Minibatch, noise: Noise | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(B,)`` library size of each cell, and ``(B,)`` its KL."""
         ...
 
 

@@ -196,10 +196,9 @@ class CSR:
         """
         indptr, indices, data = self.numpy()
         dtype = np.uint16 if n_vars <= 1 << 16 else np.uint32
-        out = _map_columns(
-            indptr, indices, data, np.ascontiguousarray(column_of, np.int64), np.empty(0, dtype)
-        )
-        return CSR.from_numpy(*out, n_vars)
+        column_of = np.ascontiguousarray(column_of, np.int64)
+        indptr, indices, data = _map_columns(indptr, indices, data, column_of, np.empty(0, dtype))
+        return CSR.from_numpy(indptr, indices, data, n_vars)
 
     def drop_zeros(self) -> CSR:
         """Without the explicit zeros."""

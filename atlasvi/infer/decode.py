@@ -46,8 +46,10 @@ def decode(module: torch.nn.Module, minibatch: Minibatch, request: Request) -> N
 
     A draw depends on (seed, sample, cell) alone: however the cells are cut, they get the same.
     """
-    assert isinstance(module, Encodes) and isinstance(module, Decodes)
+    assert isinstance(module, Encodes)
     qz = module.encode(minibatch)
+    decoder: Any = module
+    assert isinstance(decoder, Decodes)
     variants = [minibatch]
     if request.batches:
         variants = [
@@ -58,12 +60,12 @@ def decode(module: torch.nn.Module, minibatch: Minibatch, request: Request) -> N
     for sample in range(request.n_samples):
         z = qz.rsample(Noise(request.seed, sample, minibatch.rows).normal(qz.loc.shape[1], _Z))
         for variant in variants:
-            rho = module.decode_log_rho(z, variant, request.genes).exp_()
+            rho = decoder.decode_log_rho(z, variant, request.genes).exp_()
             total = rho if total is None else total.add_(rho)
     assert total is not None
     total /= request.n_samples * len(variants)
     if request.library_size is None:
-        total *= module.library(minibatch)[0].unsqueeze(1)
+        total *= decoder.library(minibatch)[0].unsqueeze(1)
     elif request.library_size != 1:
         total *= request.library_size
     return total.cpu().numpy()
@@ -105,10 +107,11 @@ def lazy_expression(
     sizes: Sequence[int] = [
         min(rows_per_chunk, n_obs - start) for start in range(0, n_obs, rows_per_chunk)
     ] or [0]
-    return da.map_blocks(
+    rho: da.Array = da.map_blocks(
         block,
         chunks=(tuple(sizes), (n_genes,)),
         dtype=np.float32,
         meta=np.empty((0, 0), np.float32),
         name=f"expression-{np.random.default_rng().integers(1 << 62):x}",
     )
+    return rho

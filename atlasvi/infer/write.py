@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -22,7 +21,8 @@ from atlasvi.store.frame import create_array, to_strings, write_frame
 if TYPE_CHECKING:
     import dask.array as da
 
-_ENCODING = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+_ENCODING: Any = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+_DICT: Any = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 
 
 def write_latent(
@@ -61,23 +61,8 @@ def write_latent(
     if out is not None:
         with open_atlas(path) as target:
             _check_cells(target, atlas)
-    if path.suffix != ".h5ad":
-        target = atlas if out is None else open_atlas(path)
-        target.write_obsm(key, counted(), n_latent)
-        return
-    # HDF5 cannot be read and written at once: the latents (40 bytes a cell) wait for the reading to end.
-    latents = np.concatenate(list(counted()))
-    atlas.close()
-    with h5py.File(path, "r+") as file:
-        obsm = file.require_group("obsm")
-        partial = f".{key}.new"
-        if partial in obsm:
-            del obsm[partial]
-        array = obsm.create_dataset(partial, data=latents)
-        array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
-        if key in obsm:
-            del obsm[key]
-        obsm.move(partial, key)
+    target = atlas if out is None else open_atlas(path)
+    target.write_obsm(key, counted(), n_latent)
 
 
 def _check_cells(target: Atlas, atlas: Atlas) -> None:
@@ -111,7 +96,8 @@ def write_expression(
         StoreError: there is something already.
         SpaceError: the disk is full; nothing is left behind.
     """
-    import dask
+    from dask.base import compute
+    from dask.delayed import delayed
 
     if out.exists() and not overwrite:
         raise StoreError(f"there is a {str(out)!r} already; pass --overwrite, or name another place")
@@ -120,7 +106,7 @@ def write_expression(
     with replacing_folder(out) as new:
         group = zarr.open_group(new, mode="w", zarr_format=3, attributes=_ENCODING)
         for part in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
-            group.create_group(part, attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
+            group.create_group(part, attributes=_DICT)
         write_frame(group, "obs", rho.shape[0])["_index"][...] = obs_names
         write_frame(group, "var", rho.shape[1])["_index"][...] = to_strings(var_names)
         array = create_array(group, "X", rho.shape, np.float32, max(rho.chunks[0][0], 1))
@@ -135,8 +121,8 @@ def write_expression(
 
         try:
             # A task decodes a chunk and writes it, so no more chunks exist than there are threads.
-            tasks = [dask.delayed(put)(block, i) for i, block in enumerate(rho.to_delayed().ravel())]
-            dask.compute(*tasks, scheduler="threads")
+            tasks = [delayed(put)(block, i) for i, block in enumerate(rho.to_delayed().ravel())]
+            compute(*tasks, scheduler="threads")
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise SpaceError(

@@ -18,15 +18,23 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import atlasvi
-from atlasvi.errors import GenesError, ModelError, NotTrainedError, ObsError, OptionError, VersionError
-from atlasvi.files import replacing_folder
+from atlasvi.errors import (
+    CellsError,
+    GenesError,
+    ModelError,
+    NotTrainedError,
+    ObsError,
+    OptionError,
+    VersionError,
+)
+from atlasvi.files import replacing_folder, settle
 from atlasvi.infer.decode import Request, chunk_rows, lazy_expression
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.progress import bar
-from atlasvi.store.atlas import Atlas
+from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.fields import UNS_KEY, Codes, from_uns, register, resolve, uns_entry
+from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, register, resolve, uns_entry
 from atlasvi.stream import pack, stream_minibatches
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import EpochRecord, to_frames
@@ -268,6 +276,8 @@ class CountModel(Generic[Config, Module]):
             TrainingError: the loss is no longer finite.
         """
         refuse("train", unsupported)
+        if check_val_every_n_epoch < 1:
+            raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
         max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
         if max_epochs < 1 or batch_size < 3:
@@ -286,6 +296,8 @@ class CountModel(Generic[Config, Module]):
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self.plan.with_options(plan_kwargs)
+        if plan.reduce_lr_on_plateau and not len(held_out):
+            raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
         budget: dict[str, Any] = {} if memory_budget is None else {"memory_budget": memory_budget}
 
         def minibatches(epoch: int) -> Iterator[Minibatch]:
@@ -306,6 +318,9 @@ class CountModel(Generic[Config, Module]):
             "plan": asdict(plan),
             "split": self._split,
             "batch_size": batch_size,
+            # The order of the cells, and when the rate falls, follow from these.
+            "memory_budget": memory_budget,
+            "check_val_every_n_epoch": check_val_every_n_epoch,
         }
         epochs_done = [0]
         with bar("train", max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
@@ -472,7 +487,7 @@ class CountModel(Generic[Config, Module]):
 
         Args:
             data: other data; that of the model when ``None``. It need not have been set up.
-            cells: positions, a slice or a boolean mask.
+            cells: positions (from the end if negative), a slice or a boolean mask.
             genes: names of genes, in the order wanted; all when ``None``.
             transform_batch: decode as if every cell came from this batch; several are averaged.
             library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size.
@@ -494,9 +509,7 @@ class CountModel(Generic[Config, Module]):
         if isinstance(library_size, str) and library_size != "latent":
             raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
         atlas, codes = self._data(data)
-        positions = np.arange(atlas.n_obs)
-        if cells is not None:
-            positions = positions[cells if isinstance(cells, slice) else np.asarray(cells)]
+        positions = np.arange(atlas.n_obs) if cells is None else _cells(cells, atlas.n_obs)
         at = None if genes is None else torch.from_numpy(_positions_of(genes, self.fields.var_names))
         request = Request(
             at,
@@ -560,7 +573,7 @@ class CountModel(Generic[Config, Module]):
                 "once for each draw"
             )
         rho = self.expression(
-            adata, cells=None if indices is None else np.asarray(indices), genes=gene_list,
+            adata, cells=indices, genes=gene_list,
             transform_batch=transform_batch, library_size=library_size, n_samples=n_samples, seed=seed,
         )  # fmt: skip
         if rho.nbytes > LARGEST_DENSE:
@@ -579,8 +592,8 @@ class CountModel(Generic[Config, Module]):
         names = atlas.obs_names.astype(object)
         return pd.DataFrame(
             values,
-            index=names if indices is None else names[np.asarray(indices)],
-            columns=list(self.fields.var_names if gene_list is None else gene_list),
+            index=names if indices is None else names[_cells(indices, atlas.n_obs)],
+            columns=list(self.fields.var_names if gene_list is None else _names(gene_list)),
         )
 
     # --- files ----------------------------------------------------------------------------------
@@ -601,16 +614,9 @@ class CountModel(Generic[Config, Module]):
         """
         refuse("save", unsupported)
         path = Path(dir_path)
+        check_destination(path)
         if (path / DESCRIPTION).exists() and not overwrite:
             raise ModelError(f"there is a model in {str(path)!r}; pass overwrite=True to replace it")
-        if path.exists() and not path.is_dir():
-            raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
-        known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
-        strangers = [p.name for p in path.iterdir() if p.name not in known] if path.exists() else []
-        if strangers:
-            raise ModelError(
-                f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder"
-            )
         description = {
             "format": FORMAT,
             "model": type(self).__name__,
@@ -645,16 +651,24 @@ class CountModel(Generic[Config, Module]):
         refuse("load", unsupported)
         path = Path(dir_path)
         description = read_description(path)
-        if description["model"] != cls.__name__:
+        if description.get("model") != cls.__name__:
             raise ModelError(
-                f"{str(path)!r} is a {description['model']}, not a {cls.__name__}: use that class"
+                f"{str(path)!r} is a {description.get('model')}, not a {cls.__name__}: use that class"
             )
         model = cls.__new__(cls)
         model.atlas, model._codes = None, None
-        model.config = cls.config_type(**description["config"])
-        model.fields = FieldMap.from_json(json.dumps(description["fields"]))
-        n_batch = model.fields.n_batch
-        model._assemble(LibraryMoments((0.0,) * n_batch, (1.0,) * n_batch))
+        try:
+            model.config = cls.config_type(**description["config"])
+            model.fields = FieldMap.from_json(json.dumps(description["fields"]))
+            n_batch = model.fields.n_batch
+            model._assemble(LibraryMoments((0.0,) * n_batch, (1.0,) * n_batch))
+            model.plan = TrainingPlan(**description["plan"])
+            model.records = [EpochRecord(**record) for record in description["records"]]
+            model._split = description["split"]
+        except (KeyError, TypeError, OptionError) as error:
+            raise ModelError(
+                f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
+            ) from error
         try:
             model.module.load_state_dict(load_file(path / WEIGHTS))
         except Exception as error:
@@ -662,9 +676,6 @@ class CountModel(Generic[Config, Module]):
                 f"the weights in {str(path / WEIGHTS)!r} cannot be read ({str(error).splitlines()[0]}); "
                 "copy the folder again"
             ) from error
-        model.plan = TrainingPlan(**description["plan"])
-        model.records = [EpochRecord(**record) for record in description["records"]]
-        model._split = description["split"]
         if adata is not None:
             model.atlas, model._codes = model._data(adata)
         return model
@@ -687,27 +698,22 @@ class CountModel(Generic[Config, Module]):
                     f"this {type(self).__name__} was loaded without data; pass some, or load it with adata="
                 )
             return self.atlas, self._codes
-        if isinstance(data, str | Path):
-            data = open_atlas(data)
-        atlas = data if isinstance(data, Atlas) else Atlas.from_anndata(data, layer=self.fields.layer)
+        # Counts are taken from where they were at training; an Atlas says itself where its counts are.
+        atlas = as_atlas(data, layer=self.fields.layer)
         return atlas, resolve(self.fields, atlas)
 
-    def _rows(self, data: Data | None, indices: Sequence[int] | None) -> NDArray[np.int64]:
-        rows = self._data(data)[0].row_numbers
-        return rows if indices is None else rows[np.asarray(indices)]
+    def _rows(self, data: Data | None, indices: Any) -> NDArray[np.int64]:
+        atlas = self._data(data)[0]
+        return atlas.row_numbers if indices is None else atlas.row_numbers[_cells(indices, atlas.n_obs)]
 
-    def _minibatches(
-        self, data: Data | None, indices: Sequence[int] | None, batch_size: int | None
-    ) -> Iterator[Minibatch]:
+    def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
         return stream_minibatches(
             atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False,
-            positions=None if indices is None else np.asarray(indices, np.int64),
+            positions=None if indices is None else _cells(indices, atlas.n_obs),
         )  # fmt: skip
 
-    def _terms(
-        self, data: Data | None, indices: Sequence[int] | None, batch_size: int | None, seed: int
-    ) -> list[LossTerms]:
+    def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()
         minibatches = self._minibatches(data, indices, batch_size)
         return list(elbo_blocks(self.module, minibatches, self._device, seed=seed))
@@ -716,14 +722,13 @@ class CountModel(Generic[Config, Module]):
         if names is None:
             return ()
         known = list(self.fields.batch_categories)
-        codes = []
-        for name in [names] if isinstance(names, str) else names:
-            if str(name) not in known:
+        levels = [as_level(name) for name in np.atleast_1d(np.asarray(names, dtype=object))]
+        for level in levels:
+            if level not in known:
                 raise ObsError(
-                    f"transform_batch {name!r} is not a batch of the model; it knows {', '.join(known)}"
+                    f"transform_batch {level!r} is not a batch of the model; it knows {', '.join(known)}"
                 )
-            codes.append(known.index(str(name)))
-        return tuple(codes)
+        return tuple(known.index(level) for level in levels)
 
 
 def _registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
@@ -776,6 +781,7 @@ def _device(accelerator: str, devices: int | str) -> torch.device:
 def _positions_of(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
     import difflib
 
+    names = _names(names)
     where = {name: i for i, name in enumerate(known)}
     missing = [name for name in names if name not in where]
     if missing:
@@ -785,8 +791,53 @@ def _positions_of(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int6
     return np.array([where[name] for name in names], np.int64)
 
 
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def _cells(cells: Any, n_obs: int) -> NDArray[np.int64]:
+    """Cells as a person names them (a slice, a mask, positions, from the end if negative) as positions."""
+    if isinstance(cells, slice):
+        return np.arange(n_obs)[cells]
+    chosen = np.atleast_1d(np.asarray(cells))
+    if chosen.ndim != 1 or (chosen.dtype.kind not in "biu" and len(chosen)):
+        raise CellsError(
+            f"cells are chosen by a slice, integers or a mask, not {chosen.dtype} {chosen.shape}"
+        )
+    if chosen.dtype == bool:
+        if len(chosen) != n_obs:
+            raise CellsError(
+                f"a mask of {len(chosen)} cells was given for {n_obs}; it must have one entry each"
+            )
+        return np.flatnonzero(chosen)
+    chosen = chosen.astype(np.int64)
+    outside = chosen[(chosen < -n_obs) | (chosen >= n_obs)]
+    if len(outside):
+        raise CellsError(f"cell {outside[0]} was asked for but there are {n_obs}, from 0 to {n_obs - 1}")
+    return np.where(chosen < 0, chosen + n_obs, chosen)
+
+
 def _versions() -> dict[str, str]:
     return {"atlasvi": atlasvi.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def check_destination(path: Path) -> None:
+    """Make sure that a model may be written to a folder: it holds nothing but what is a model's.
+
+    Raises:
+        ModelError: it is a file, or holds something else.
+    """
+    settle(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
+    known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
+    # What a run that was killed left half-written has a name of ours.
+    known |= {f".{name}.{state}" for name in (CHECKPOINT, LOG) for state in ("new", "old")}
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in known)
+    if strangers:
+        raise ModelError(f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder")
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -796,6 +847,7 @@ def read_description(path: Path) -> dict[str, Any]:
         ModelError: it is not a model, or training never finished.
         VersionError: it was written by a newer atlasvi.
     """
+    settle(path)
     if not (path / DESCRIPTION).is_file():
         if (path / CHECKPOINT).is_dir():
             raise ModelError(

@@ -83,6 +83,9 @@ class SCVIModule(nn.Module):
             only where the library size is latent.
     """
 
+    library_log_mean: torch.Tensor
+    library_log_var: torch.Tensor
+
     def __init__(self, config: SCVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
         super().__init__()
         self.config = config

@@ -40,6 +40,8 @@ class InputLinear(nn.Module):
         n_continuous: number of continuous covariates added here.
     """
 
+    offsets: torch.Tensor
+
     def __init__(self, n_in: int, n_out: int, n_levels: tuple[int, ...] = (), n_continuous: int = 0) -> None:
         super().__init__()
         self.used = [i for i, n in enumerate(n_levels) if n > 1]

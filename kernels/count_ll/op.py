@@ -99,6 +99,7 @@ class _Numba(torch.autograd.Function):
             _, gradients = cpu.run(
                 ctx.counts, *ctx.saved_tensors, *ctx.options, weights=weights.contiguous(), with_gradient=True
             )
+        assert gradients is not None
         return None, *gradients, None, None, None
 
 
@@ -123,6 +124,7 @@ def _check(
             f"likelihood {likelihood!r} {'needs' if pi_logits is None else 'takes no'} pi_logits"
         )
     b, g = counts.shape
+    shapes: dict[str, tuple[torch.Tensor, list[tuple[int, ...]]]]
     shapes = {"logits": (logits, [(b, g)]), "library": (library, [(b,)])}
     if pi_logits is not None:
         shapes["pi_logits"] = (pi_logits, [(b, g)])
