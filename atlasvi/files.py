@@ -16,14 +16,16 @@ from atlasvi.errors import SpaceError
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder beside ``path`` to write into; on success it takes the place of ``path``.
 
-    On any error, Ctrl-C included, it is removed and ``path`` stays what it was.
+    On any error, Ctrl-C included, it is removed and ``path`` stays what it was. A process that was
+    killed between the two renames leaves the old folder aside, from where `settle` takes it back.
 
     Raises:
         SpaceError: the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    settle(path)
+    new, old = _beside(path)
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
@@ -32,12 +34,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(new, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if _is_out_of_space(error):
             raise SpaceError(
                 f"no space left to write {str(path)!r}; nothing was changed: free some and run again"
             ) from error
         raise
     finally:
+        settle(path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """Take back the folder that stood at ``path``, if its replacing was cut off between the two renames."""
+    _, old = _beside(path)
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def _is_out_of_space(error: Exception) -> bool:
+    # safetensors reports what the system said in words only.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error)
