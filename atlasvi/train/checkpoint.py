@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from atlasvi.errors import ModelError
-from atlasvi.files import replacing_folder
+from atlasvi.errors import ModelError, VersionError
+from atlasvi.files import replacing_folder, settle
 from atlasvi.train.history import EpochRecord
 
 FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def claim(path: Path, *, resume: bool) -> None:
+    """Make sure that a folder may be replaced by checkpoints, and holds none of an earlier run.
+
+    Args:
+        path: the folder; it need not exist.
+        resume: keep the checkpoint that is there.
+
+    Raises:
+        ModelError: it is a file, or holds something else.
+    """
+    settle(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ModelError(f"{str(path)!r} is a file; name a folder for the checkpoint")
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in (WEIGHTS, OPTIMIZER, STATE))
+    if strangers:
+        raise ModelError(
+            f"{str(path)!r} holds {strangers[0]!r}, which is not a checkpoint's; a checkpoint replaces its "
+            "folder: name another one"
+        )
+    if not resume:
+        # Else a run that is killed before its first checkpoint could be resumed from another's.
+        shutil.rmtree(path)
 
 
 def save_checkpoint(
@@ -52,9 +81,9 @@ def save_checkpoint(
         "records": [asdict(record) for record in records],
     }
     with replacing_folder(path) as new:
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / "weights.safetensors")
-        save_file(moments, new / "optimizer.safetensors")
-        (new / "state.json").write_text(json.dumps(rest))
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / WEIGHTS)
+        save_file(moments, new / OPTIMIZER)
+        (new / STATE).write_text(json.dumps(rest))
 
 
 def load_checkpoint(
@@ -67,24 +96,56 @@ def load_checkpoint(
     """Restore what `save_checkpoint` wrote; returns the epochs so far and the number of steps.
 
     Raises:
-        ModelError: there is no checkpoint, or its run had other options.
+        ModelError: there is no checkpoint, it is damaged, or its run had other options.
+        VersionError: it was written by a newer atlasvi.
     """
-    if not (path / "state.json").is_file():
+    settle(path)
+    if not (path / STATE).is_file():
         raise ModelError(f"no checkpoint in {str(path)!r}; train without resume to start afresh")
-    rest = json.loads((path / "state.json").read_text())
-    differing = [k for k in run if json.loads(json.dumps(run[k])) != rest["run"].get(k)]
-    if differing:
-        key = differing[0]
+    try:
+        rest = json.loads((path / STATE).read_text())
+        if rest["format"] > FORMAT:
+            raise VersionError(
+                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi reads up to "
+                f"{FORMAT}: pip install --upgrade atlasvi"
+            )
+        _refuse_other_run(path, rest["run"], json.loads(json.dumps(run)))
+        weights, flat = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"the checkpoint in {str(path)!r} was made with {key}={rest['run'].get(key)!r}, "
-            f"now {run[key]!r}; resume with the same options, or train without resume"
-        )
-    module.load_state_dict(load_file(path / "weights.safetensors"))
+            f"the checkpoint in {str(path)!r} is damaged ({error}); train without resume to start afresh"
+        ) from error
+    module.load_state_dict(weights)
     moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in load_file(path / "optimizer.safetensors").items():
+    for name, value in flat.items():
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": rest["param_groups"]})
     if scheduler is not None:
         scheduler.load_state_dict(rest["scheduler"])
     return [EpochRecord(**record) for record in rest["records"]], int(rest["step"])
+
+
+def _refuse_other_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    then, now = _flat(then), _flat(now)
+    for key in sorted(then.keys() | now.keys()):
+        was, given = then.get(key), now.get(key)
+        if was != given:
+            raise ModelError(
+                f"the checkpoint in {str(path)!r} was made with {key}={_short(was)}, now {_short(given)}; "
+                "resume with the same options, or train without resume"
+            )
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of options by their own names, since that is what a person passed."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat.update({key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()})
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."

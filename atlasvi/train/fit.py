@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from atlasvi.errors import TrainingError
-from atlasvi.train.checkpoint import load_checkpoint, save_checkpoint
+from atlasvi.train.checkpoint import claim, load_checkpoint, save_checkpoint
 from atlasvi.train.history import EpochRecord, TermSums
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan
 from atlasvi.types import Minibatch, Noise, StepWeights, Trains
@@ -92,6 +92,8 @@ def fit(
     scheduler = plan.make_scheduler(optimizer)
     records: list[EpochRecord] = []
     step = 0
+    if checkpoints is not None:
+        claim(checkpoints.path, resume=checkpoints.resume)
     if checkpoints is not None and checkpoints.resume:
         records, step = load_checkpoint(checkpoints.path, module, optimizer, scheduler, checkpoints.run)
     written = time.monotonic()
@@ -102,6 +104,7 @@ def fit(
         started = time.perf_counter()
         sums = TermSums()
         kl_weight = 0.0
+        last: Minibatch | None = None
         module.train()
         for minibatch in training(epoch):
             minibatch = minibatch.to(device)
@@ -109,15 +112,21 @@ def fit(
             terms = module.loss(minibatch, Noise(seed, step, minibatch.rows), StepWeights(kl=kl_weight))
             if not bool(torch.isfinite(terms.total)):
                 raise TrainingError(
-                    _not_finite(float(terms.total), epoch, step, minibatch, checkpoints, records)
+                    _not_finite(f"loss became {float(terms.total)}", epoch, step, minibatch, checkpoints)
                 )
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             optimizer.step()
             step += 1
             sums.add(terms)
+            last = minibatch
             if listeners.step is not None:
                 listeners.step(epoch, sums.n, sums.elbo / sums.n)
+        # A finite loss can have a gradient that is not: such weights must not become a checkpoint.
+        if last is not None and not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+            raise TrainingError(
+                _not_finite("weights became NaN or infinite", epoch, step - 1, last, checkpoints)
+            )
         seconds = time.perf_counter() - started
 
         held_out: tuple[float | None, ...] = (None, None, None)
@@ -131,13 +140,14 @@ def fit(
         records.append(record)
         if scheduler is not None and getattr(record, plan.lr_scheduler_metric) is not None:
             scheduler.step(getattr(record, plan.lr_scheduler_metric))
+        # A log that is ahead of the checkpoint is mended when its epochs come again; one behind is not.
+        if listeners.epoch is not None:
+            listeners.epoch(record)
         if checkpoints is not None and (
             time.monotonic() - written >= checkpoints.every_seconds or epoch + 1 == max_epochs
         ):
             save_checkpoint(checkpoints.path, module, optimizer, scheduler, records, step, checkpoints.run)
             written = time.monotonic()
-        if listeners.epoch is not None:
-            listeners.epoch(record)
     module.eval()
     return records
 
@@ -165,12 +175,7 @@ def _monitored(records: list[EpochRecord], early_stopping: EarlyStopping) -> lis
 
 
 def _not_finite(
-    loss: float,
-    epoch: int,
-    step: int,
-    minibatch: Minibatch,
-    checkpoints: Checkpoints | None,
-    records: list[EpochRecord],
+    what: str, epoch: int, step: int, minibatch: Minibatch, checkpoints: Checkpoints | None
 ) -> str:
     rows = minibatch.rows.tolist()
     shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
@@ -183,6 +188,6 @@ def _not_finite(
             else "no checkpoint was written yet"
         )
     return (
-        f"the loss became {loss} at step {step} (epoch {epoch}), in the minibatch of rows {shown}; {last}. "
+        f"the {what} at step {step} (epoch {epoch}), in the minibatch of rows {shown}; {last}. "
         "Lower lr (plan_kwargs={'lr': ...}) or look at those cells"
     )
