@@ -138,8 +138,10 @@ class Conversion:
         )
         frame.write_plain(x, "indptr", self._indptr, _INDPTR_CHUNK)
         self._parts = self._make_parts()
-        self._indices = _count_array(x, "indices", layout, layout.index_dtype)
-        self._data = _count_array(x, "data", layout, layout.data_dtype)
+        self._indices = _count_array(
+            x, "indices", layout, layout.index_dtype, np.iinfo(layout.index_dtype).max
+        )
+        self._data = _count_array(x, "data", layout, layout.data_dtype, 0)
         in_flight = self._shards_in_flight(layout)
         # Kept from shard to shard: made anew each time, the heap would grow in pieces.
         self._buffers: SimpleQueue[tuple[NDArray[Any], NDArray[Any]]] = SimpleQueue()
@@ -249,11 +251,12 @@ def _expected_entries(sources: list[Source]) -> int:
     return total
 
 
-def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any]) -> Any:
-    # Chunks of zeros are written too: a shard that is missing is then always a fault.
+def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fill: int) -> Any:
+    # zarrs leaves out chunks that are nothing but the fill value. No entry has that value, so every chunk
+    # and shard is written, and one that is missing is a fault.
     return with_zarrs(
         lambda: group.create_array(
             key, shape=(layout.nnz,), dtype=dtype, chunks=(layout.chunk,), shards=(layout.shard,),
-            compressors=codecs(), config={"write_empty_chunks": True},
+            compressors=codecs(), fill_value=fill,
         )
     )  # fmt: skip

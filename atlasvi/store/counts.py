@@ -61,7 +61,7 @@ def _not_a_count(source: Source, start: int, rows: CSR, k: int) -> str:
     cell = source.read_names(start + b, start + b + 1)[0]
     gene = source.var_names[int(indices[k])]
     return (
-        f"{source.name!r} {source.place} has {values[k]} at cell {str(cell)!r}, gene {str(gene)!r}; counts "
+        f"{source.name!r} {source.place} has {values[k]!s} at cell {str(cell)!r}, gene {str(gene)!r}; counts "
         f"must be integers from 0 to {MAX_COUNT}. {_where_else(source)}"
     )
 

@@ -67,8 +67,8 @@ def choose_layout(nnz: int, n_vars: int, max_count: int) -> Layout:
 
 
 def index_dtype(n_vars: int) -> np.dtype[Any]:
-    """Smallest of uint16 and uint32 that holds every column number."""
-    return np.dtype(np.uint16 if n_vars <= 1 << 16 else np.uint32)
+    """Smallest of uint16 and uint32 that holds every column number and one more, for "nothing here"."""
+    return np.dtype(np.uint16 if n_vars < 1 << 16 else np.uint32)
 
 
 def count_dtype(max_count: int) -> np.dtype[Any]:

@@ -22,7 +22,7 @@ from atlasvi.errors import CorruptError, OptionError, StoreError
 from atlasvi.store import frame
 from atlasvi.store.base import STRING, Extras, Source
 from atlasvi.store.rows import SparseRows
-from atlasvi.store.spill import FileArray, Spill
+from atlasvi.store.spill import FileArray, Spill, append
 
 LINES = 1 << 19
 _BROKEN = (ValueError, EOFError, OSError, zlib.error, pd.errors.ParserError)
@@ -142,8 +142,8 @@ class MtxSource(Source):
                     raise _NotSorted
                 before = int(cells[-1])
                 counts[cells[0] : before + 1] += np.bincount(cells - cells[0])
-                genes.astype(np.uint32).tofile(index_file)
-                entries.tofile(value_file)
+                append(index_file, genes.astype(np.uint32))
+                append(value_file, np.ascontiguousarray(entries))
         return _offsets(counts), FileArray(indices, np.uint32), FileArray(values, np.float64)
 
     def _sorted(self) -> tuple[NDArray[np.int64], FileArray, FileArray]:

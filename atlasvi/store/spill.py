@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numba
 import numpy as np
@@ -36,6 +36,12 @@ class FileArray:
         return np.fromfile(self._path, self.dtype, max(0, stop - start), offset=start * self.dtype.itemsize)
 
 
+def append(file: BinaryIO, array: NDArray[Any]) -> None:
+    """Write an array's bytes. ``array.tofile`` does not say that it was the disk that was full."""
+    if len(array):
+        file.write(array.view(np.uint8).data)
+
+
 def disk_array(path: Path, n: int, dtype: Any) -> NDArray[Any]:
     """An array of zeros that lives in a file: its pages are the system's to write out, not the heap's."""
     if n == 0:
@@ -44,7 +50,7 @@ def disk_array(path: Path, n: int, dtype: Any) -> NDArray[Any]:
     with path.open("wb") as file:
         # Written, not only sized: a full disk is then an error here and not a bus error at some later store.
         for start in range(0, n, len(zeros)):
-            zeros[: n - start].tofile(file)
+            append(file, zeros[: n - start])
     return np.memmap(path, dtype=dtype, mode="r+", shape=(n,))
 
 
@@ -76,7 +82,7 @@ class Spill:
         )  # fmt: skip
         for b in np.flatnonzero(np.diff(ends)).tolist():
             with self._locks[b % len(self._locks)], self._path(b).open("ab") as file:
-                records[ends[b] : ends[b + 1]].tofile(file)
+                append(file, records[ends[b] : ends[b + 1]])
 
     def rows_per_bucket(self) -> list[int]:
         """Number of rows of each bucket."""
@@ -113,7 +119,7 @@ class Spill:
         for name, array in (("indices.bin", columns), ("values.bin", values)):
             with (self._folder / name).open("r+b") as file:
                 file.seek(int(indptr[0]) * array.dtype.itemsize)
-                array.tofile(file)
+                append(file, array)
         os.remove(path)
 
     def _path(self, bucket: int) -> Path:

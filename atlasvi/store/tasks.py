@@ -32,7 +32,8 @@ def run_tasks(
         workers: number of threads.
         progress: called with (label, cells done, cells in all) as tasks end.
     """
-    names = [f"{label}-{k:09d}" for k in range(len(items))]
+    # Dask begins with the last of tasks that depend on nothing; the first rows first reads files in order.
+    names = [f"{label}-{k:09d}" for k in reversed(range(len(items)))]
     call = delayed(function, pure=False)
     todo = [call(item, dask_key_name=name) for item, name in zip(items, names, strict=True)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="atlasvi")
