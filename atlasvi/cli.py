@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -316,10 +316,20 @@ def main() -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; what was written before is whole", file=sys.stderr)
-        # Threads that are decoding ahead must not hold the exit up.
-        sys.stderr.flush()
-        os._exit(130)
+        _stop()
+    except SystemExit as ended:
+        # typer makes this of Ctrl-C.
+        if ended.code == 130:
+            _stop()
+        raise
+
+
+def _stop() -> NoReturn:
+    print("stopped; what was written before is whole", file=sys.stderr)
+    # Threads that are decoding ahead must not hold the exit up.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":
