@@ -152,6 +152,7 @@ class CountModel(Generic[Config, Module]):
         self.plan = TrainingPlan()
         self.records: list[EpochRecord] = []
         self._split: dict[str, Any] | None = None
+        self._training: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         state = f"trained {len(self.records)} epochs" if self.records else "not trained"
@@ -322,14 +323,16 @@ class CountModel(Generic[Config, Module]):
             "memory_budget": memory_budget,
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
-        epochs_done = [0]
+        self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
+        self.records = []
         with bar("train", max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 advance(epoch * len(training) + cells, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
 
             def after_epoch(record: EpochRecord) -> None:
-                epochs_done[0] += 1
+                # Kept as they come: a run that is interrupted in a notebook leaves a model to look at.
+                self.records.append(record)
                 if on_epoch is not None:
                     on_epoch(record)
 
@@ -624,6 +627,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(self.plan),
             "split": self._split,
+            "training": self._training,
             "records": [asdict(record) for record in self.records],
             "versions": _versions(),
         }
@@ -665,6 +669,7 @@ class CountModel(Generic[Config, Module]):
             model.plan = TrainingPlan(**description["plan"])
             model.records = [EpochRecord(**record) for record in description["records"]]
             model._split = description["split"]
+        model._training = description["training"]
         except (KeyError, TypeError, OptionError) as error:
             raise ModelError(
                 f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
