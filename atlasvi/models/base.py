@@ -669,7 +669,7 @@ class CountModel(Generic[Config, Module]):
             model.plan = TrainingPlan(**description["plan"])
             model.records = [EpochRecord(**record) for record in description["records"]]
             model._split = description["split"]
-        model._training = description["training"]
+            model._training = description["training"]
         except (KeyError, TypeError, OptionError) as error:
             raise ModelError(
                 f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
