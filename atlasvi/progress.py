@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 Advance = Callable[[int, str], None]
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
 def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[Advance]:
     """A bar for ``total`` units of work; gives a function ``(done so far, note)``.
 
-    Without a terminal nothing moves: one line is printed at the end.
+    Without a terminal nothing moves: a line is printed every half minute, and one at the end.
 
     Args:
         description: what is being done.
@@ -26,22 +27,25 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
         yield _say_nothing
         return
     if not sys.stderr.isatty():
-        started = time.perf_counter()
+        started = said = time.perf_counter()
         so_far, last_note = 0, ""
 
+        def say(end: str) -> None:
+            seconds = time.perf_counter() - started
+            rate = so_far / max(seconds, 1e-9)
+            note = f", {last_note}" if last_note else ""
+            line = f"{description}: {so_far:,} {unit} in {seconds:.1f} s ({rate:,.0f}/s){note}{end}"
+            print(line, file=sys.stderr, flush=True)
+
         def remember(done: int, note: str = "") -> None:
-            nonlocal so_far, last_note
+            nonlocal so_far, last_note, said
             so_far, last_note = done, note
+            if time.perf_counter() - said > SECONDS_BETWEEN_LINES:
+                said = time.perf_counter()
+                say(f", {total - done:,} to go")
 
         yield remember
-        seconds = time.perf_counter() - started
-        rate = so_far / max(seconds, 1e-9)
-        note = f", {last_note}" if last_note else ""
-        print(
-            f"{description}: {so_far:,} {unit} in {seconds:.1f} s ({rate:,.0f}/s){note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say("")
         return
 
     from rich.console import Console
@@ -57,11 +61,16 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
     )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=8) as progress:
         task = progress.add_task(description, total=total, rate="", note="")
-        started = time.perf_counter()
+        first: tuple[int, float] | None = None
 
         def advance(done: int, note: str = "") -> None:
-            rate = done / max(time.perf_counter() - started, 1e-9)
-            progress.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s", note=note)
+            # The rate counts from the first report: a run that is resumed starts far from zero.
+            nonlocal first
+            now = time.perf_counter()
+            if first is None:
+                first = done, now
+            rate = (done - first[0]) / max(now - first[1], 1e-9)
+            progress.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s" if rate else "", note=note)
 
         yield advance
 
