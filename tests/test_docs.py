@@ -1,0 +1,146 @@
+"""What the documentation shows works: its Python blocks run, examples in docstrings give what they say."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import atlasvi_kernels
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import atlasvi
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"(?:<!-- skip: (?P<reason>[^\n]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Line and text of each Python block that is to be run; one is left out only with a reason."""
+    text = page.read_text()
+    found = [(text[: m.start("code")].count("\n") + 1, m) for m in _BLOCK.finditer(text)]
+    assert len(found) == text.count("\n```python\n"), "a block is not closed"
+    return [(line, m["code"]) for line, m in found if m["reason"] is None]
+
+
+def simulated(var_names: list[str]) -> anndata.AnnData:
+    """240 cells of two types and two donors, negative binomial."""
+    rng = np.random.default_rng(0)
+    kind, donor = rng.integers(0, 2, 240), rng.integers(0, 2, 240)
+    mu = rng.gamma(1.0, 2.0, (2, len(var_names)))[kind] * np.where(donor, 1.5, 1.0)[:, None]
+    obs = {
+        "donor": pd.Categorical.from_codes(donor, ["d0", "d1"]),
+        "batch": pd.Categorical.from_codes(donor, ["b0", "b1"]),
+        "cell_type": pd.Categorical.from_codes(kind, ["T", "B"]),
+    }
+    return anndata.AnnData(
+        sp.csr_matrix(rng.negative_binomial(2.0, 2.0 / (2.0 + mu)).astype(np.float32)),
+        obs=pd.DataFrame(obs, index=[f"cell-{i}" for i in range(240)]),
+        var=pd.DataFrame(index=var_names),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the pages call pbmc: counts with CD3E and MS4A1, columns donor and cell_type; and a model."""
+    folder = tmp_path_factory.mktemp("docs")
+    names = ["CD3E", "MS4A1", *(f"gene-{g}" for g in range(28))]
+    simulated(names).write_h5ad(folder / "pbmc.h5ad")
+    atlasvi.ingest(folder / "pbmc.h5ad", folder / "pbmc.zarr")
+    atlas = atlasvi.open(folder / "pbmc.zarr")
+    atlasvi.SCVI.setup_anndata(atlas, batch_key="donor")
+    model = atlasvi.SCVI(atlas)
+    model.train(max_epochs=1, enable_progress_bar=False)
+    model.save(folder / "pbmc.model")
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.filterwarnings("default")  # a page may show what warns
+def test_the_blocks_of_a_page_run(page, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pbmc.h5ad").write_bytes((trained / "pbmc.h5ad").read_bytes())
+    if page.name != "README.md":  # which makes them itself
+        for name in ("pbmc.zarr", "pbmc.model"):
+            (tmp_path / name).symlink_to(trained / name)
+    # As the main module would be: dataclasses look their module up by name.
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in link and link != "docs/demo.svg":
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_site_has_every_page():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_commands_of_the_pages_exist(monkeypatch):
+    """Every option that a page shows for a command is one that the command has."""
+    shown: dict[str, set[str]] = {}
+    for page in PAGES:
+        for command, rest in re.findall(r"^atlasvi (\w+) (.*)$", page.read_text(), re.M):
+            shown.setdefault(command, set()).update(re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest))
+    assert shown
+    for command, options in shown.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "atlasvi.cli", command, "--help"], capture_output=True, text=True,
+            env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PATH": ""}, check=True,
+        )  # fmt: skip
+        for option in options:
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.stdout), f"{command} has no {option}"
+
+
+def modules() -> list[str]:
+    names = []
+    for package in (atlasvi, atlasvi_kernels):
+        names.append(package.__name__)
+        names += [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [name for name in names if ">>>" in inspect.getsource(importlib.import_module(name))]
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """What examples of methods may speak of: ``atlas``, ``model`` and ``SCVI``."""
+    path = tmp_path_factory.mktemp("examples") / "atlas.zarr"
+    atlasvi.ingest(simulated([f"G{g:04d}" for g in range(30)]), path)
+    atlas = atlasvi.open(path)
+    atlasvi.SCVI.setup_anndata(atlas, batch_key="batch")
+    model = atlasvi.SCVI(atlas, n_latent=5)
+    model.train(max_epochs=1, enable_progress_bar=False)
+    return {"atlas": atlas, "model": model, "SCVI": atlasvi.SCVI, "np": np}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_of_docstrings_give_what_they_say(name, known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
+    said: list[str] = []
+    for test in finder.find(module, name, globs={**known, **vars(module)}):
+        runner.run(test, out=said.append)
+    assert runner.tries > 0
+    assert runner.failures == 0, "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [(p, name) for p in (atlasvi, atlasvi_kernels) for name in p.__all__],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)  # fmt: skip
+def test_every_public_name_has_a_docstring_with_an_example(package, name):
+    doc = inspect.getdoc(getattr(package, name)) or ""
+    assert doc and ">>>" in doc
