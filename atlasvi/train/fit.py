@@ -112,7 +112,7 @@ def fit(
             terms = module.loss(minibatch, Noise(seed, step, minibatch.rows), StepWeights(kl=kl_weight))
             if not bool(torch.isfinite(terms.total)):
                 raise TrainingError(
-                    _not_finite(f"loss became {float(terms.total)}", epoch, step, minibatch, checkpoints)
+                    _not_finite(f"loss became {terms.total.item()}", epoch, step, minibatch, checkpoints)
                 )
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
