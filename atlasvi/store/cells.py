@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError
 from atlasvi.store.base import STRING, Source
+from atlasvi.store.frame import to_strings
 from atlasvi.store.merge import take
 from atlasvi.store.spill import disk_array
 
@@ -46,6 +48,7 @@ class Cells:
         self._hashes = disk_array(scratch / "hashes.bin", self.n_obs, np.uint64)
         self._numbers: dict[int, str] = {}
         self._append_input = False
+        self._width, self._lock = 1, threading.Lock()
         self.order: NDArray[np.int64] | None = None
         if seed is not None:
             self._shuffle(seed)
@@ -96,24 +99,33 @@ class Cells:
         return np.array(new, STRING)
 
     def write_names(self, array: Any, step: int) -> None:
-        """Write all names into ``array``, in the order of the atlas.
-
-        In the order of the inputs they pass a block at a time; a shuffle holds all (16 to 40 bytes each).
-        """
-        if self.order is not None:
-            whole = [self.read_names(i, 0, n) for i, n in enumerate(self.lengths)]
-            names = np.concatenate(whole)
-            for start in range(0, self.n_obs, step):
-                array[start : start + step] = names[self.order[start : start + step]]
-            return
+        """Write all names into ``array``, in the order of the atlas, ``step`` at a time."""
+        shuffled = None if self.order is None else self._shuffled_names(step)
         for start in range(0, self.n_obs, step):
             stop = min(start + step, self.n_obs)
-            array[start:stop] = np.concatenate([self.read_names(*part) for part in self.ranges(start, stop)])
+            if shuffled is None:
+                names = np.concatenate([self.read_names(*part) for part in self.ranges(start, stop)])
+            else:
+                names = to_strings(np.asarray(shuffled[start:stop]))
+            array[start:stop] = names
+
+    def _shuffled_names(self, step: int) -> NDArray[np.bytes_]:
+        """The names as bytes of one width in a file, in the order of the atlas."""
+        file = disk_array(self._scratch / "names.bin", self.n_obs * self._width, np.uint8)
+        names = file.view(f"S{self._width}")
+        for start in range(0, self.n_obs, step):
+            for part in self.ranges(start, min(start + step, self.n_obs)):
+                names[self.places(*part)] = [name.encode() for name in self.read_names(*part).tolist()]
+        return names
 
     def hash_block(self, i: int, start: int, stop: int) -> None:
         """Note the hashes of some names; every block must come before `check_names`."""
         names = self.read_names(i, start, stop).astype(object)
         self._hashes[self.rows(i, start, stop)] = pd.util.hash_array(names, categorize=False)
+        if self.order is not None:
+            width = max(len(name.encode()) for name in names)
+            with self._lock:
+                self._width = max(self._width, width)
 
     def check_names(self, *, make_unique: bool) -> None:
         """See that no name stands twice: by 64-bit hashes, as a set of a hundred million names would not fit.
