@@ -69,17 +69,19 @@ def plain_column(values: Any) -> Any:
         values = values.array
     if hasattr(values, "to_numpy") and hasattr(values, "dims"):  # a lazy AnnData's column (xarray)
         values = values.to_pandas().array
-    if isinstance(values, (pd.Categorical, np.ndarray)):
-        return _strings_if_all_are(values)
-    if isinstance(values, pd.arrays.NumpyExtensionArray):
-        return _strings_if_all_are(values.to_numpy())
+    if isinstance(values, (pd.arrays.NumpyExtensionArray, pd.arrays.StringArray, pd.arrays.ArrowStringArray)):
+        values = values.to_numpy(object)
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        return _texts(values)
     return values
 
 
-def _strings_if_all_are(values: Any) -> Any:
-    if isinstance(values, np.ndarray) and values.dtype == object and all(isinstance(v, str) for v in values):
-        return values.astype(STRING)
-    return values
+def _texts(values: NDArray[Any]) -> Any:
+    """Objects as strings where all are strings, as categories where some are missing, else as they are."""
+    missing = pd.isna(values)
+    if not all(isinstance(value, str) for value in values[~missing]):
+        return pd.Series(values).infer_objects().to_numpy()
+    return pd.Categorical(values) if missing.any() else values.astype(STRING)
 
 
 def write_frame(parent: Any, key: str, n: int, index_name: str = "_index") -> Any:

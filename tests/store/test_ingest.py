@@ -177,6 +177,19 @@ def test_a_layer_and_raw(tmp_path):
     assert_same_counts(anndata.read_zarr(tmp_path / "raw.zarr"), counts)
 
 
+def test_texts_with_gaps_become_categories(tmp_path):
+    adata = make()
+    adata.obs["gaps"] = pd.Series([None, "a", "b"] * 20, adata.obs_names, dtype=object)
+    adata.obs["nullable"] = pd.array([None, "a", "b"] * 20, dtype="string")
+    adata.obs["depth"] = adata.obs["depth"].astype(object)
+    ingest(adata, tmp_path / "a.zarr")
+    obs = anndata.read_zarr(tmp_path / "a.zarr").obs
+    for key in ("gaps", "nullable"):
+        assert obs[key].isna().tolist() == [True, False, False] * 20
+        assert obs[key].dropna().tolist() == ["a", "b"] * 20
+    assert obs["depth"].tolist() == adata.obs["depth"].tolist() and obs["depth"].dtype == float
+
+
 def test_what_is_not_carried_is_named(tmp_path):
     adata = make()
     adata.layers["spliced"] = adata.X.copy()
