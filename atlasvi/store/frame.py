@@ -69,7 +69,9 @@ def plain_column(values: Any) -> Any:
         values = values.array
     if hasattr(values, "to_numpy") and hasattr(values, "dims"):  # a lazy AnnData's column (xarray)
         values = values.to_pandas().array
-    if isinstance(values, (pd.arrays.NumpyExtensionArray, pd.arrays.StringArray, pd.arrays.ArrowStringArray)):
+    if isinstance(values, pd.arrays.NumpyExtensionArray):
+        values = values.to_numpy()
+    if isinstance(values, (pd.arrays.StringArray, pd.arrays.ArrowStringArray)):
         values = values.to_numpy(object)
     if isinstance(values, np.ndarray) and values.dtype == object:
         return _texts(values)
