@@ -7,10 +7,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from atlasvi.memory import use_one_heap as _use_one_heap
+
 if "torch" not in sys.modules:
     # OpenMP's threads would else spin between torch's loops and take the time of the readers and of
     # compiled kernels: 1.3 times slower on two quiet cores, several times on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Before any thread has a heap of its own.
+_use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
