@@ -170,6 +170,18 @@ class Atlas:
         """``(n_obs,)`` names of the cells, numpy ``StringDType``."""
         return _take_names(self._source.obs_names, self._rows)
 
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Names of the cells ``start`` to ``stop``; all at once they may be gigabytes."""
+        if self._rows is None:
+            return self._source.read_names(start, stop)
+        rows = self._rows[start:stop]
+        first, last = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        return self._source.read_names(first, last)[rows - first]
+
+    def numbers_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`row_numbers` of some cells, without making those of all."""
+        return positions if self._rows is None else self._rows[positions]
+
     @property
     def var_names(self) -> NDArray[Any]:
         """``(n_vars,)`` names of the genes, numpy ``StringDType``."""

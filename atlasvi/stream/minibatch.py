@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
-from atlasvi.stream.plan import MEMORY_BUDGET, EpochPlan, default_sizes, plan_epoch
+from atlasvi.stream.plan import MEMORY_BUDGET, EpochPlan, default_sizes, ordered_sizes, plan_epoch
 from atlasvi.stream.read import Buffer, ReadBlock, default_workers, read_buffers
 from atlasvi.types import Minibatch
 
@@ -77,8 +77,7 @@ def stream_minibatches(
     pieces = _stream(
         view, batch_size, seed, epoch, shuffle, positions, num_workers, memory_budget
     )
-    row_numbers = atlas.row_numbers
-    return _each(pieces, lambda counts, at: pack(counts, at, codes, row_numbers, pin_memory=pin))
+    return _each(pieces, lambda counts, at: pack(counts, at, codes, atlas.numbers_of(at), pin_memory=pin))
 
 
 def stream_counts(
@@ -101,8 +100,9 @@ def stream_counts(
     pieces = _stream(
         atlas, batch_size, seed, epoch, shuffle, positions, num_workers, memory_budget
     )
-    row_numbers = atlas.row_numbers
-    return _each(pieces, lambda counts, at: (counts.pin_memory() if pin else counts, row_numbers[at]))
+    return _each(
+        pieces, lambda counts, at: (counts.pin_memory() if pin else counts, atlas.numbers_of(at))
+    )
 
 
 def stream_blocks(
@@ -119,20 +119,20 @@ def stream_blocks(
     at = _check_positions(atlas, positions)
     n_rows = atlas.n_obs if at is None else len(at)
     workers = default_workers() if num_workers is None else num_workers
-    block_rows, buffer_blocks = default_sizes(atlas.bytes_per_row, 1, memory_budget)
+    block_rows, buffer_blocks = ordered_sizes(atlas.bytes_per_row, workers, memory_budget)
     plan = plan_epoch(
-        n_rows, batch_size=1, block_rows=block_rows, buffer_blocks=min(buffer_blocks, 2 * max(workers, 1)),
-        seed=0, epoch=0, shuffle=False,
+        n_rows, batch_size=1, block_rows=block_rows, buffer_blocks=buffer_blocks, seed=0, epoch=0,
+        shuffle=False,
     )  # fmt: skip
     blocks = _whole(read_buffers(_reader(atlas, at), plan, num_workers=workers))
-    return blocks if at is None else _each(blocks, lambda counts, p: (counts, at[p]))
+    return blocks if at is None else _each(blocks, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
 def pack(
     counts: CSR,
     positions: Positions,
     codes: Codes,
-    row_numbers: NDArray[np.int64],
+    rows: NDArray[np.int64],
     *,
     pin_memory: bool = False,
 ) -> Minibatch:
@@ -142,12 +142,12 @@ def pack(
         counts: (B x G) of the model's genes.
         positions: ``(B,)`` int64, positions of the cells in the atlas that ``codes`` belong to.
         codes: of all cells of that atlas.
-        row_numbers: ``(n_obs,)`` int64, number in the store of each cell of that atlas.
+        rows: ``(B,)`` int64, number in the store of each of these cells.
         pin_memory: lay it into page-locked memory.
     """
     minibatch = Minibatch(
         counts,
-        torch.from_numpy(row_numbers[positions]),
+        torch.from_numpy(rows.astype(np.int64)),
         torch.from_numpy(codes.batch_index[positions].astype(np.int64)),
         torch.from_numpy(codes.labels[positions].astype(np.int64)),
         torch.from_numpy(codes.cat_covs[positions].astype(np.int64)),
@@ -170,7 +170,11 @@ def _stream(
 ) -> Generator[tuple[CSR, Positions]]:
     """Minibatches of counts with their positions in ``atlas``. Arguments are checked before the first."""
     at = _check_positions(atlas, positions)
-    block_rows, buffer_blocks = default_sizes(atlas.bytes_per_row, batch_size, memory_budget)
+    workers = default_workers() if num_workers is None else num_workers
+    if shuffle:
+        block_rows, buffer_blocks = default_sizes(atlas.bytes_per_row, batch_size, memory_budget)
+    else:
+        block_rows, buffer_blocks = ordered_sizes(atlas.bytes_per_row, workers, memory_budget)
     plan = plan_epoch(
         atlas.n_obs if at is None else len(at),
         batch_size=batch_size,
@@ -180,9 +184,8 @@ def _stream(
         epoch=epoch,
         shuffle=shuffle,
     )
-    workers = default_workers() if num_workers is None else num_workers
     pieces = cut(read_buffers(_reader(atlas, at), plan, num_workers=workers), plan)
-    return pieces if at is None else _each(pieces, lambda counts, p: (counts, at[p]))
+    return pieces if at is None else _each(pieces, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
 def cut(buffers: Generator[Buffer], plan: EpochPlan) -> Generator[tuple[CSR, Positions]]:
@@ -233,7 +236,7 @@ def _check_positions(atlas: Atlas, positions: Positions | None) -> Positions | N
     positions = np.asarray(positions)
     if positions.ndim != 1 or (len(positions) and positions.dtype.kind not in "iu"):
         raise CellsError(f"positions must be one vector of integers, not {positions.dtype} {positions.shape}")
-    positions = positions.astype(np.int64)
+    # Not widened as a whole: there is one for each cell.
     if len(positions) and not 0 <= positions.min() <= positions.max() < atlas.n_obs:
         raise CellsError(
             f"positions {positions.min()} to {positions.max()} asked of {atlas.n_obs} cells; "

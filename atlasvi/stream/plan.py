@@ -19,6 +19,8 @@ from atlasvi.errors import OptionError
 MEMORY_BUDGET = 128 << 20
 """Bytes that the buffers of one stream may take together, unless told otherwise."""
 
+# Cells in order need no wide buffers, which are there to mix them.
+_ORDERED_BUDGET = 8 << 20
 _MIN_BLOCK_ROWS = 512
 _MAX_BLOCK_ROWS = 4096
 # Batch norm divides by the variance over a minibatch: a last one of 1 or 2 cells would upset it.
@@ -175,6 +177,27 @@ def default_sizes(
     # Thirty-two blocks a buffer mix enough; beyond that larger blocks mean fewer, longer reads.
     block_rows = min(max(_MIN_BLOCK_ROWS, buffer_rows // 32), _MAX_BLOCK_ROWS)
     return block_rows, max(2, buffer_rows // block_rows)
+
+
+def ordered_sizes(
+    bytes_per_row: float, workers: int, memory_budget: int = MEMORY_BUDGET
+) -> tuple[int, int]:
+    """``(block_rows, buffer_blocks)`` for cells that are visited in order: a few blocks for each reader.
+
+    Args:
+        bytes_per_row: mean size of a decoded cell.
+        workers: threads that read.
+        memory_budget: bytes for the stream, of which at most 8 MiB are used.
+
+    Example:
+        >>> ordered_sizes(1000.0, 2)
+        (698, 4)
+    """
+    if memory_budget < 1:
+        raise OptionError(f"memory_budget={memory_budget} cannot be: give it in bytes, at least 1")
+    buffer_blocks = 2 * max(workers, 1)
+    buffer_rows = int(min(memory_budget, _ORDERED_BUDGET) / 3 / max(bytes_per_row, 1.0))
+    return min(max(_MIN_BLOCK_ROWS, buffer_rows // buffer_blocks), _MAX_BLOCK_ROWS), buffer_blocks
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
