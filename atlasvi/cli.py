@@ -274,7 +274,7 @@ def decode(
     )
     with bar("decode", rho.shape[0], "cells") as advance:
         names = list(genes or trained.fields.var_names)
-        write_expression(rho, trained.atlas.obs_names, names, out, overwrite=overwrite, advance=advance)
+        write_expression(rho, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance)
     typer.echo(f"rho: {rho.shape[0]:,} cells x {rho.shape[1]:,} genes -> {out}")
 
 

@@ -89,7 +89,7 @@ def make(out: Path, *, n_obs: int, n_vars: int, max_epochs: int, seed: int) -> R
         bar("decode", n_obs, "cells") as advance,
     ):
         rho = model.expression(genes=genes)
-        write_expression(rho, atlas.obs_names, genes, out / "markers.zarr", overwrite=True, advance=advance)
+        write_expression(rho, atlas.read_names, genes, out / "markers.zarr", overwrite=True, advance=advance)
 
     batch, types = pd.Categorical(atlas.obs_column("batch")), pd.Categorical(atlas.obs_column("cell_type"))
     cells = ~(np.asarray(atlas.obs_column("is_doublet")) | np.asarray(atlas.obs_column("is_empty")))

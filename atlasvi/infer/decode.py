@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 # Noise stream of the latent draw; models use the same for theirs, at training steps of another seed.
 _Z = 0
-# A chunk holds cells x all genes twice (logits and rho) while it is made.
+# A chunk is made piece by piece, for a piece needs its logits for all genes several times over.
 CHUNK_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ def chunk_rows(n_obs: int, n_vars: int) -> int:
     return int(np.clip(CHUNK_BYTES // (4 * max(n_vars, 1)), 64, max(64, n_obs)))
 
 
+def piece_rows(n_vars: int) -> int:
+    """Cells that are decoded at once, so that their logits are about `PIECE_BYTES`."""
+    return max(64, PIECE_BYTES // (4 * max(n_vars, 1)))
+
+
 def lazy_expression(
     module: torch.nn.Module,
     read: Callable[[int, int], Minibatch],
@@ -84,6 +90,7 @@ def lazy_expression(
     request: Request,
     *,
     rows_per_chunk: int,
+    rows_per_piece: int,
 ) -> da.Array:
     """A ``dask.array`` of rho, ``(n_obs, n_genes)`` float32; each chunk reads, encodes and decodes its cells.
 
@@ -94,6 +101,7 @@ def lazy_expression(
         n_genes: genes asked for.
         request: what is asked.
         rows_per_chunk: cells a chunk.
+        rows_per_piece: cells that are decoded at once.
     """
     import dask.array as da
 
@@ -102,7 +110,11 @@ def lazy_expression(
 
     def block(block_info: Any) -> NDArray[np.float32]:
         (start, stop), _ = block_info[None]["array-location"]
-        return decode(module, read(start, stop).to(device), request)
+        rho = np.empty((stop - start, n_genes), np.float32)
+        for a in range(start, stop, rows_per_piece):
+            b = min(a + rows_per_piece, stop)
+            rho[a - start : b - start] = decode(module, read(a, b).to(device), request)
+        return rho
 
     sizes: Sequence[int] = [
         min(rows_per_chunk, n_obs - start) for start in range(0, n_obs, rows_per_chunk)

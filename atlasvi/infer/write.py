@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from atlasvi.files import replacing_folder
 from atlasvi.progress import Advance
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.frame import create_array, to_strings, write_frame
+from atlasvi.store.frame import NAMES, create_array, to_strings, write_frame
+from atlasvi.store.tasks import run_tasks
+from atlasvi.stream import default_workers
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -75,7 +77,7 @@ def _check_cells(target: Atlas, atlas: Atlas) -> None:
 
 def write_expression(
     rho: da.Array,
-    obs_names: NDArray[np.generic],
+    read_names: Callable[[int, int], NDArray[np.generic]],
     var_names: list[str],
     out: Path,
     *,
@@ -86,7 +88,7 @@ def write_expression(
 
     Args:
         rho: cells x genes; chunks of rows.
-        obs_names: names of the cells.
+        read_names: ``(start, stop) ->`` names of these cells, such as ``atlas.read_names``.
         var_names: names of the genes.
         out: the store.
         overwrite: replace what is there.
@@ -96,9 +98,6 @@ def write_expression(
         StoreError: there is something already.
         SpaceError: the disk is full; nothing is left behind.
     """
-    from dask.base import compute
-    from dask.delayed import delayed
-
     if out.exists() and not overwrite:
         raise StoreError(f"there is a {str(out)!r} already; pass --overwrite, or name another place")
     if out.exists() and not (out / "zarr.json").exists() and not (out / ".zgroup").exists():
@@ -107,22 +106,25 @@ def write_expression(
         group = zarr.open_group(new, mode="w", zarr_format=3, attributes=_ENCODING)
         for part in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
             group.create_group(part, attributes=_DICT)
-        write_frame(group, "obs", rho.shape[0])["_index"][...] = obs_names
+        names = write_frame(group, "obs", rho.shape[0])["_index"]
+        for start in range(0, rho.shape[0], NAMES):
+            stop = min(start + NAMES, rho.shape[0])
+            names[start:stop] = read_names(start, stop)
         write_frame(group, "var", rho.shape[1])["_index"][...] = to_strings(var_names)
         array = create_array(group, "X", rho.shape, np.float32, max(rho.chunks[0][0], 1))
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        done = [0]
         starts = np.concatenate([[0], np.cumsum(rho.chunks[0])])
 
-        def put(block: NDArray[np.float32], index: int) -> None:
+        def put(index: int) -> None:
+            block = rho.blocks[index].compute(scheduler="synchronous")
             array[starts[index] : starts[index + 1]] = block
-            done[0] += len(block)
-            advance(done[0], "")
 
         try:
-            # A task decodes a chunk and writes it, so no more chunks exist than there are threads.
-            tasks = [delayed(put)(block, i) for i, block in enumerate(rho.to_delayed().ravel())]
-            compute(*tasks, scheduler="threads")
+            # One task decodes a chunk and writes it: were these two, Dask could decode ahead of the writing.
+            run_tasks(
+                put, range(len(rho.chunks[0])), rho.chunks[0], label="decoding", workers=default_workers(),
+                progress=lambda label, done, total: advance(done, ""),
+            )  # fmt: skip
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise SpaceError(
