@@ -106,8 +106,8 @@ def _into_hdf5(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape
 
 
 def _chunk_rows(shape: tuple[int, int]) -> int:
-    """One chunk holds about 4 MB, whatever the width."""
-    return max(1, min(shape[0], (1 << 20) // max(shape[1], 1)))
+    """One chunk holds about 1 MB, whatever the width; a few of that are held while it is put together."""
+    return max(1, min(shape[0], (1 << 18) // max(shape[1], 1)))
 
 
 def _fill(array: Any, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
