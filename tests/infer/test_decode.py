@@ -1,0 +1,244 @@
+"""rho on demand: lazy, in chunks, and the same however it is cut."""
+
+import warnings
+
+import dask
+import numpy as np
+import pytest
+import torch
+
+from atlasvi.errors import GenesError, ObsError, OptionError
+from atlasvi.infer import decode as decode_module
+from atlasvi.models.scvi import SCVI
+from atlasvi.store.atlas import Atlas
+
+N_OBS, N_VARS = 300, 60
+
+
+@pytest.fixture(params=["observed", "latent library"])
+def model(request, adata):
+    SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
+    model = SCVI(adata, n_hidden=16, n_latent=3, use_observed_lib_size=request.param == "observed")
+    model.train(2, batch_size=64, enable_progress_bar=False, plan_kwargs={"lr": 0.01})
+    return model
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The sizes of the blocks that are read from where the counts are."""
+    sizes = []
+    real = Atlas.read_rows
+
+    def spy(self, rows):
+        counts = real(self, rows)
+        sizes.append(counts.n_obs)
+        return counts
+
+    monkeypatch.setattr(Atlas, "read_rows", spy)
+    return sizes
+
+
+def small_chunks(monkeypatch, n_bytes=1):
+    monkeypatch.setattr(decode_module, "CHUNK_BYTES", n_bytes)
+
+
+def test_nothing_is_read_until_it_is_asked_for(model, reads):
+    rho = model.expression(genes=["gene-1"])
+    assert rho.shape == (N_OBS, 1)
+    assert rho.dtype == np.float32
+    # The whole of an array that is known before it is made.
+    assert all(isinstance(n, int) for sizes in rho.chunks for n in sizes)
+    assert not reads
+    rho[:5].compute()
+    assert reads
+
+
+def test_only_the_chunks_asked_for_are_read(model, reads, monkeypatch):
+    small_chunks(monkeypatch)
+    rho = model.expression()
+    assert rho.chunks[0] == (64, 64, 64, 64, 44)
+    rho[70:80].compute()
+    assert reads == [64]
+
+
+def test_no_chunk_is_larger_than_the_limit(model, monkeypatch):
+    for n_obs, n_vars in ((10**8, 60_000), (10**6, 2_000), (100, 50_000), (5, 3)):
+        rows = decode_module.chunk_rows(n_obs, n_vars)
+        assert 1 <= rows <= max(64, n_obs)
+        assert rows == 64 or rows * n_vars * 4 <= decode_module.CHUNK_BYTES
+    seen = []
+    real = decode_module.decode
+    monkeypatch.setattr(
+        decode_module, "decode", lambda module, m, request: seen.append(len(m)) or real(module, m, request)
+    )
+    small_chunks(monkeypatch)
+    model.expression().compute()
+    assert sorted(seen) == [44, 64, 64, 64, 64]
+
+
+def test_rho_of_each_cell_sums_to_one(model):
+    rho = model.expression(n_samples=3).compute()
+    assert (rho > 0).all()
+    np.testing.assert_allclose(rho.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"transform_batch": "b1"}, {"n_samples": 3}, {"library_size": "latent"}])
+def test_some_genes_are_those_columns_of_all_genes(how, model):
+    everything = model.expression(**how).compute()
+    for genes in ([5], [59, 0, 7], [3, 3], list(range(N_VARS))[::-1]):
+        names = [f"gene-{g}" for g in genes]
+        np.testing.assert_allclose(
+            model.expression(genes=names, **how).compute(), everything[:, genes], rtol=2e-5
+        )
+
+
+def test_one_gene_may_be_named_without_a_list(model):
+    np.testing.assert_array_equal(
+        model.expression(genes="gene-7").compute(), model.expression(genes=["gene-7"]).compute()
+    )
+    assert model.get_normalized_expression(gene_list="gene-7").columns.tolist() == ["gene-7"]
+
+
+@pytest.mark.parametrize("cells", [slice(10, 200, 3), [299, 4, 4], np.arange(N_OBS) % 7 == 2])
+def test_some_cells_are_those_rows_of_all_cells(cells, model):
+    everything = model.expression(n_samples=2).compute()
+    np.testing.assert_allclose(
+        model.expression(cells=cells, n_samples=2).compute(), everything[cells], rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("n_bytes", [1, 100 * 4 * N_VARS, 128 * 4 * N_VARS])
+def test_nothing_depends_on_the_chunks(n_bytes, model, monkeypatch):
+    how = {"n_samples": 2, "transform_batch": ["b1", "b2"], "library_size": "latent"}
+    whole = model.expression(**how)
+    assert whole.npartitions == 1
+    expected = whole.compute()
+    small_chunks(monkeypatch, n_bytes)
+    cut = model.expression(**how)
+    assert cut.npartitions > 1
+    for scheduler in ("threads", "synchronous"):
+        np.testing.assert_allclose(cut.compute(scheduler=scheduler), expected, rtol=2e-5)
+
+
+def test_the_same_seed_gives_the_same_and_another_another(model):
+    one = model.expression(seed=1).compute()
+    np.testing.assert_array_equal(one, model.expression(seed=1).compute())
+    assert not np.allclose(one, model.expression(seed=2).compute(), rtol=1e-3)
+
+
+def test_two_requests_in_one_graph_are_not_mixed_up(model):
+    lazy = [model.expression(seed=s, genes=["gene-1"]) for s in (1, 2)]
+    together = dask.compute(*lazy)
+    for both, alone in zip(together, lazy, strict=True):
+        np.testing.assert_array_equal(both, alone.compute())
+
+
+def test_samples_are_averaged(model):
+    """Sample i of a request is what a request that starts there would draw: by the noise's own key."""
+    one = model.expression(n_samples=1).compute()
+    many = model.expression(n_samples=400).compute()
+    more = model.expression(n_samples=400, seed=9).compute()
+    # Two means of 400 lie nearer to each other than one draw to either.
+    assert np.abs(many - more).mean() < 0.2 * np.abs(one - more).mean()
+    np.testing.assert_allclose(many.sum(1), 1, rtol=1e-5)
+
+
+def test_several_batches_are_the_mean_of_each(model):
+    each = [model.expression(transform_batch=name).compute() for name in ("b1", "b2")]
+    assert not np.allclose(each[0], each[1], rtol=1e-3)
+    np.testing.assert_allclose(
+        model.expression(transform_batch=["b1", "b2"]).compute(), np.mean(each, axis=0), rtol=1e-5
+    )
+
+
+def test_a_cells_own_batch_is_the_default(model, adata):
+    own = model.expression().compute()
+    in_b1 = (adata.obs["batch"] == "b1").to_numpy()
+    each = [model.expression(transform_batch=name).compute() for name in ("b1", "b2")]
+    np.testing.assert_allclose(own, np.where(in_b1[:, None], *each), rtol=1e-5)
+
+
+def test_batches_that_are_numbers_may_be_given_as_numbers(adata):
+    adata.obs["batch"] = (adata.obs["batch"] == "b2").astype(int)
+    SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
+    model = SCVI(adata, n_hidden=8, n_latent=2)
+    model.train(1, enable_progress_bar=False)
+    np.testing.assert_array_equal(
+        model.expression(transform_batch=1).compute(), model.expression(transform_batch="1").compute()
+    )
+
+
+def test_the_library_size_is_a_number_or_the_cells_own(model, adata):
+    rho = model.expression().compute()
+    np.testing.assert_allclose(model.expression(library_size=1e4).compute(), rho * 1e4, rtol=1e-5)
+    own = model.expression(library_size="latent").compute() / rho
+    np.testing.assert_allclose(own, own[:, :1].repeat(N_VARS, 1), rtol=1e-4)
+    if not model.module.library_is_latent:
+        np.testing.assert_allclose(own[:, 0], np.asarray(adata.X.sum(1)).ravel(), rtol=1e-4)
+
+
+def test_the_data_frame_is_the_lazy_array(model, adata):
+    frame = model.get_normalized_expression(n_samples=2, seed=3, library_size=100)
+    np.testing.assert_array_equal(
+        frame.to_numpy(), model.expression(n_samples=2, seed=3, library_size=100).compute()
+    )
+    assert frame.index.tolist() == adata.obs_names.tolist()
+    assert frame.columns.tolist() == adata.var_names.tolist()
+    array = model.get_normalized_expression(gene_list=["gene-9"], indices=[4, 2], return_numpy=True)
+    np.testing.assert_allclose(array, model.expression().compute()[[4, 2]][:, [9]], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        ({"genes": ["gene-1", "gen-2"]}, GenesError, "'gen-2'; near it: gene-2"),
+        ({"transform_batch": "b3"}, ObsError, "'b3'.*b1, b2"),
+        ({"n_samples": 0}, OptionError, "n_samples"),
+        ({"library_size": "observed"}, OptionError, "'observed'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_computed(ask, error, words, model, reads):
+    with pytest.raises(error, match=words):
+        model.expression(**ask)
+    assert not reads
+
+
+def test_decoding_leaves_weights_and_random_state_alone(model):
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    state = torch.random.get_rng_state()
+    model.expression(n_samples=2).compute()
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not any(
+        parameter.grad is not None and parameter.grad.isnan().any() for parameter in model.module.parameters()
+    )
+
+
+def test_decoding_holds_no_more_than_a_few_chunks(adata, tmp_path, monkeypatch):
+    """The largest array of floats that decoding makes, and how many live at once, by torch's own book."""
+    n_obs, n_vars = 4_000, 500
+    import anndata
+    import scipy.sparse as sp
+
+    from atlasvi.infer.write import write_expression
+    from atlasvi.memory import Watch
+
+    rng = np.random.default_rng(0)
+    big = anndata.AnnData(sp.random(n_obs, n_vars, 0.02, "csr", np.float32, rng, lambda n: np.ones(n)))
+    SCVI.setup_anndata(big)
+    model = SCVI(big, n_hidden=8, n_latent=2)
+    model.train(1, batch_size=512, enable_progress_bar=False)
+    small_chunks(monkeypatch, 64 * 4 * n_vars)  # 64 cells: 128 kB; all of them are 8 MB
+
+    def write(name):
+        rho = model.expression()
+        assert rho.npartitions == 63
+        names = list(model.fields.var_names)
+        write_expression(
+            rho, model.atlas.read_names, names, tmp_path / name, overwrite=False, advance=lambda *_: None
+        )
+
+    write("warm.zarr")
+    with warnings.catch_warnings(), Watch(interval=0.001) as watch:
+        write("rho.zarr")
+    assert watch.peak_bytes - watch.before_bytes < n_obs * n_vars * 4 / 2

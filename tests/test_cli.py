@@ -1,0 +1,339 @@
+"""The command, as a person runs it: a process of its own, its words, its exit codes, its files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file
+
+from atlasvi.models.scvi import SCVI
+
+COMMANDS = ["ingest", "info", "train", "latent", "decode", "demo"]
+# One thread: small tensors gain nothing from more, and processes of tests share the machine.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
+SMALL = ["--n-hidden", "16", "--n-latent", "3", "--batch-size", "64", "--gene-mask", "none"]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "atlasvi.cli", *map(str, arguments)]
+
+
+def atlasvi(*arguments, code=0, cwd=None):
+    result = subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=cwd,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def error_of(*arguments, cwd=None):
+    """The one line that an error is."""
+    result = atlasvi(*arguments, code=1, cwd=cwd)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the commands leave when they are run one after another; not to be written to."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("conftest_of_all", os.path.join(os.path.dirname(__file__), "conftest.py"))
+    conftest = module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    folder = tmp_path_factory.mktemp("cli")
+    conftest.make_adata().write_h5ad(folder / "cells.h5ad")
+    said = {
+        "ingest": atlasvi("ingest", "cells.h5ad", "-o", "atlas.zarr", cwd=folder),
+        "train": atlasvi(
+            "train",
+            "atlas.zarr",
+            "-o",
+            "model",
+            "--batch-key",
+            "batch",
+            "--max-epochs",
+            3,
+            *SMALL,
+            cwd=folder,
+        ),
+        "latent": atlasvi("latent", "model", "atlas.zarr", cwd=folder),
+        "decode": atlasvi(
+            "decode", "model", "atlas.zarr", "-o", "rho.zarr", "-g", "gene-5", "-g", "gene-2", cwd=folder
+        ),
+    }
+    return folder, said
+
+
+# --- what goes right ----------------------------------------------------------------------------
+
+
+def test_the_way_from_counts_to_rho(made):
+    folder, said = made
+    assert "300 cells x 60 genes" in said["ingest"].stdout
+    assert "3 epochs, -ELBO" in said["train"].stdout
+    assert "cells/s" not in said["train"].stdout  # progress goes to the other stream
+    assert "train: 810 cells" in said["train"].stderr
+    cells = anndata.read_h5ad(folder / "cells.h5ad")
+    store = anndata.read_zarr(folder / "atlas.zarr")
+    assert (store.X != cells.X).nnz == 0
+    model = SCVI.load(folder / "model", folder / "atlas.zarr")
+    np.testing.assert_allclose(store.obsm["X_scVI"], model.get_latent_representation(), rtol=1e-4, atol=1e-5)
+    rho = anndata.read_zarr(folder / "rho.zarr")
+    assert rho.var_names.tolist() == ["gene-5", "gene-2"]
+    assert rho.obs_names.tolist() == cells.obs_names.tolist()
+    expected = model.get_normalized_expression(gene_list=["gene-5", "gene-2"])
+    np.testing.assert_allclose(rho.X, expected.to_numpy(), rtol=1e-4)
+
+
+def test_the_model_folder_has_a_log_of_each_epoch(made):
+    folder, _ = made
+    lines = (folder / "model" / "history.csv").read_text().splitlines()
+    assert "elbo_validation" in lines[0].split(",")
+    assert [line.split(",")[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert sorted(p.name for p in (folder / "model").iterdir()) == [
+        "checkpoint", "history.csv", "model.json", "weights.safetensors",
+    ]  # fmt: skip
+    description = json.loads((folder / "model" / "model.json").read_text())
+    assert description["fields"]["batch_categories"] == ["b1", "b2"]
+
+
+def test_the_command_trains_what_python_trains(made):
+    folder, _ = made
+    import atlasvi as package
+
+    atlas = package.open(folder / "atlas.zarr")
+    SCVI.setup_anndata(atlas, batch_key="batch", gene_mask=None)
+    model = SCVI(atlas, n_hidden=16, n_latent=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.train(3, batch_size=64, enable_progress_bar=False)
+    torch.set_num_threads(threads)
+    weights = load_file(folder / "model" / "weights.safetensors")
+    for name, value in model.module.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_info_tells_of_atlas_and_model(made):
+    folder, _ = made
+    atlas = atlasvi("info", "atlas.zarr", cwd=folder).stdout
+    for word in ("300", "60", "batch", "2 levels: b1, b2", "cell_type", "highly_variable"):
+        assert word in atlas
+    model = atlasvi("info", "model", cwd=folder).stdout
+    for word in ("SCVI", "zinb", "b1, b2", "epochs", "nats"):
+        assert word in model
+
+
+def test_latents_go_into_an_h5ad_that_is_named(made, tmp_path):
+    folder, _ = made
+    path = tmp_path / "cells.h5ad"
+    path.write_bytes((folder / "cells.h5ad").read_bytes())
+    atlasvi("latent", folder / "model", folder / "atlas.zarr", "-o", path, "--key", "X_mine")
+    store = anndata.read_zarr(folder / "atlas.zarr")
+    np.testing.assert_array_equal(anndata.read_h5ad(path).obsm["X_mine"], store.obsm["X_scVI"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_an_example(name):
+    text = atlasvi(name, "--help").stdout
+    assert "Example" in text
+    assert f"atlasvi {name}" in text
+    if name != "info":
+        assert "--out" in text
+        assert "-o" in text
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    script = (
+        "import sys\nsys.argv = ['atlasvi', '--help']\nfrom atlasvi.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
+    text, _, loaded = result.stdout.rpartition("LOADED")
+    assert all(name in text for name in COMMANDS)
+    assert not set(loaded.split()) & {"torch", "numba", "anndata", "numpy", "pandas", "zarr", "dask", "scipy"}
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def write(folder, change):
+    cells = anndata.AnnData(sp.csr_matrix(np.ones((20, 10), np.float32)))
+    cells.obs["batch"] = ["a", "b"] * 10
+    change(cells)
+    cells.write_h5ad(folder / "cells.h5ad")
+
+
+def test_an_atlas_that_is_not_there(tmp_path):
+    line = error_of("train", "nothing.zarr", "-o", "model", cwd=tmp_path)
+    assert "'nothing.zarr'" in line
+    assert "atlasvi ingest" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    write(tmp_path, lambda cells: cells.layers.update(counts=cells.X))
+    line = error_of("ingest", "cells.h5ad", "-o", "atlas.zarr", "--layer", "count", cwd=tmp_path)
+    assert "'count'" in line
+    assert "'counts'" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_negative_counts_are_named_by_cell_and_gene(tmp_path):
+    def spoil(cells):
+        cells.X[3, 7] = -1
+
+    write(tmp_path, spoil)
+    line = error_of("ingest", "cells.h5ad", "-o", "atlas.zarr", cwd=tmp_path)
+    for word in ("-1", "'3'", "'7'"):
+        assert word in line
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_a_batch_column_that_is_not_there_is_answered_with_its_neighbour(made, tmp_path):
+    folder, _ = made
+    line = error_of("train", folder / "atlas.zarr", "-o", tmp_path / "m", "--batch-key", "bacth", *SMALL)
+    assert "'bacth'" in line
+    assert "did you mean 'batch'" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ingest", "cells.h5ad", "-o", "atlas.zarr"], "atlas.zarr"),
+        (["train", "atlas.zarr", "-o", "model"], "--resume"),
+        (["train", "atlas.zarr", "-o", "atlas.zarr"], "not a model"),
+        (["train", "atlas.zarr", "-o", "cells.h5ad"], "is a file"),
+        (["decode", "model", "atlas.zarr", "-o", "rho.zarr", "-g", "gene-1"], "--overwrite"),
+        (["decode", "model", "atlas.zarr", "-o", "model", "-g", "gene-1", "--overwrite"], "model"),
+        (["decode", "model", "atlas.zarr", "-o", "atlas.zarr", "-g", "gene-1", "--overwrite"], "read from"),
+    ],
+)
+def test_what_is_there_is_not_written_over(arguments, words, made):
+    folder, _ = made
+    before = snapshot(folder)
+    assert words in error_of(*arguments, cwd=folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["decode", "model", "atlas.zarr", "-o", "new.zarr", "-g", "gene5"], "'gene5'; near it: gene-5"),
+        (["decode", "model", "atlas.zarr", "-o", "new.zarr", "--transform-batch", "b3"], "b1, b2"),
+        (["decode", "model", "atlas.zarr", "-o", "new.zarr", "--library-size", "much"], "'much'"),
+        (["decode", "atlas.zarr", "atlas.zarr", "-o", "new.zarr"], "not a model folder"),
+        (["latent", "model", "model"], "not an atlas"),
+        (["latent", "model", "atlas.zarr", "-o", "nothing.h5ad"], "nothing.h5ad"),
+        (["info", "nothing"], "'nothing'"),
+        (["train", "atlas.zarr", "-o", "new", "--likelihood", "normal", "--gene-mask", "none"], "'normal'"),
+        (["train", "atlas.zarr", "-o", "new", "--gene-mask", "mine"], "'mine'"),
+        (["train", "atlas.zarr", "-o", "new", "--resume", "--gene-mask", "none"], "no checkpoint"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(arguments, words, made):
+    folder, _ = made
+    before = snapshot(folder)
+    assert words in error_of(*arguments, cwd=folder)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_one_line(made, tmp_path):
+    folder, _ = made
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in error_of(
+        "train", folder / "atlas.zarr", "-o", tmp_path / "m", "--max-epochs", 1, *SMALL
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "a", "-o", "b", "--max-epochs", "many"], ["fly"], ["info", "a", "--wings"]],
+)
+def test_a_wrong_call_exits_with_2(arguments, tmp_path):
+    result = atlasvi(*arguments, code=2, cwd=tmp_path)
+    assert "Traceback" not in result.stderr
+
+
+# --- stopped ------------------------------------------------------------------------------------
+
+
+def start_training(folder, out, *more):
+    """A run that would take minutes, once it has written its first epoch."""
+    process = subprocess.Popen(
+        command("train", folder / "atlas.zarr", "-o", out, "--batch-key", "batch", "--checkpoint-every", 0,
+                "--max-epochs", *more, *SMALL),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint" / "state.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(made, tmp_path):
+    folder, _ = made
+    epochs = 60
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    how = ["--batch-key", "batch", "--max-epochs", epochs, *SMALL]
+    atlasvi("train", folder / "atlas.zarr", "-o", whole, *how)
+    process = start_training(folder, killed, epochs)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    process.communicate()
+    assert not (killed / "model.json").exists(), "it was not killed in time"
+    assert "--resume" in error_of("latent", killed, folder / "atlas.zarr")
+    assert "--resume" in error_of("train", folder / "atlas.zarr", "-o", killed, *how)
+    atlasvi("train", folder / "atlas.zarr", "-o", killed, *how, "--resume")
+    assert (whole / "weights.safetensors").read_bytes() == (killed / "weights.safetensors").read_bytes()
+    lines = (killed / "history.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[0]) for line in lines] == list(range(epochs))
+    assert "lr=0.001, now 0.5" in error_of(
+        "train", folder / "atlas.zarr", "-o", killed, *how, "--resume", "--lr", 0.5
+    )
+
+
+def test_ctrl_c_leaves_130_and_whole_files(made, tmp_path):
+    folder, _ = made
+    atlas = snapshot(folder / "atlas.zarr")
+    out = tmp_path / "model"
+    process = start_training(folder, out, 100_000)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("stopped")
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "history.csv"]
+    state = json.loads((out / "checkpoint" / "state.json").read_text())
+    load_file(out / "checkpoint" / "weights.safetensors")
+    assert len(state["records"]) <= len((out / "history.csv").read_text().splitlines()) - 1
+    assert snapshot(folder / "atlas.zarr") == atlas
