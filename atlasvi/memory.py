@@ -23,11 +23,19 @@ def use_one_heap() -> None:
     heap: readers, writers and encoders together then hold two to three times what is in use. Our threads
     allocate megabytes at a time, so they do not wait for each other. Elsewhere than glibc nothing happens.
     """
-    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _call_glibc("mallopt", _M_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """Have glibc return to the system what it keeps of freed memory: milliseconds, between stages of work."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def anonymous_bytes() -> int:

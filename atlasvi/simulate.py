@@ -174,7 +174,14 @@ class Simulation:
     @property
     def obs_names(self) -> NDArray[Any]:
         """``(n_obs,)`` names of the droplets."""
-        return np.array([f"cell-{i:07d}" for i in range(self.n_obs)], np.dtypes.StringDType())
+        blocks = [
+            self.read_names(start, min(start + BLOCK, self.n_obs)) for start in range(0, self.n_obs, BLOCK)
+        ]
+        return np.concatenate(blocks)
+
+    def read_names(self, start: int, stop: int) -> NDArray[Any]:
+        """Names of the droplets ``start`` to ``stop``."""
+        return np.array([f"cell-{i:07d}" for i in range(start, stop)], np.dtypes.StringDType())
 
     @cached_property
     def _var_names(self) -> NDArray[Any]:
@@ -393,8 +400,8 @@ class Simulation:
             depth[at], ambient[at] = cells.depth[:n].sum(1), cells.n_ambient[:n]
         is_empty = kinds < 0
         n_lineages = max(self._lineage) + 1
-        lineage = np.where(is_empty, n_lineages, np.asarray(self._lineage)[kinds])
-        types = np.where(is_empty, self.n_types, kinds)
+        lineage = np.where(is_empty, np.int16(n_lineages), np.asarray(self._lineage, np.int16)[kinds])
+        types = np.where(is_empty, np.int16(self.n_types), kinds)
         coarse_names = [_letter(i) for i in range(n_lineages)]
         return {
             "cell_type": _categorical(types, self.type_names, bool(self._empty_rate)),

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from dask import compute, delayed  # type: ignore[attr-defined]
 from dask.callbacks import Callback
 
+from atlasvi.memory import give_back
+
 Item = TypeVar("Item")
 Progress = Callable[[str, int, int], None]
 
@@ -43,6 +45,8 @@ def run_tasks(
     finally:
         # The tasks under way write files: whoever cleans up must not run beside them.
         pool.shutdown(wait=True, cancel_futures=True)
+        # What they freed lies between what is still held; the next tasks may want other sizes.
+        give_back()
 
 
 class _Report(Callback):
