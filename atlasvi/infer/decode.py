@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Noise stream of the latent draw; models use the same for theirs, at training steps of another seed.
 _Z = 0
 # A chunk is made piece by piece, for a piece needs its logits for all genes several times over.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 PIECE_BYTES = 4 << 20
 
 
