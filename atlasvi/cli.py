@@ -86,7 +86,7 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, read_description
+    from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, read_description
 
     console = Console(soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -183,7 +183,7 @@ def train(
     Example: atlasvi train atlas.zarr -o model --batch-key donor
     """
     from atlasvi.errors import ModelError
-    from atlasvi.models.base import CHECKPOINT, DESCRIPTION, LOG, check_destination
+    from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
     from atlasvi.models.scvi import SCVI
     from atlasvi.store.atlas import open as open_atlas
     from atlasvi.train.history import CsvLog

@@ -12,7 +12,7 @@ import pandas as pd
 from atlasvi.errors import StoreError
 from atlasvi.infer.write import write_expression, write_latent
 from atlasvi.metrics import decode_check, pca_latent, score_latent, subsample
-from atlasvi.models.base import CHECKPOINT, LOG
+from atlasvi.models.folder import CHECKPOINT, LOG
 from atlasvi.models.scvi import SCVI
 from atlasvi.progress import bar, stage_bars
 from atlasvi.report import Decoding, ElboCurve, Report, Stopwatch, embed, package_versions, write_report

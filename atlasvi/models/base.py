@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
-import atlasvi
 from atlasvi.errors import (
-    CellsError,
-    GenesError,
     ModelError,
     NotTrainedError,
     ObsError,
     OptionError,
-    VersionError,
 )
-from atlasvi.files import replacing_folder, settle
 from atlasvi.infer.decode import Request, chunk_rows, lazy_expression, piece_rows
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.latent import latent_blocks
+from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
+from atlasvi.models.data import Data, LibraryMoments, library_moments, registered, split_cells
+from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
-from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, register, resolve, uns_entry
+from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
 from atlasvi.stream import pack, stream_minibatches
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import EpochRecord, to_frames
@@ -42,74 +36,16 @@ from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch
 
 if TYPE_CHECKING:
-    import anndata
     import dask.array as da
     import pandas as pd
 
 logger = logging.getLogger("atlasvi")
 
-Data: TypeAlias = "Atlas | anndata.AnnData | str | Path"
 Config = TypeVar("Config")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
-FORMAT = 1
-WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
-CHECKPOINT, LOG = "checkpoint", "history.csv"
 INFERENCE_BATCH = 1024
 LARGEST_DENSE = 2 << 30
-
-_INSTEAD = {
-    "load_sparse_tensor": "counts are always sparse here",
-    "datasplitter_kwargs": "use train_size, validation_size, shuffle_set_split and seed",
-    "plan_config": "use plan_kwargs",
-    "trainer_config": "use the arguments of train",
-    "datamodule": "give the model an Atlas: atlasvi.open(path)",
-    "dataloader": "give the model an Atlas: atlasvi.open(path)",
-    "data_loader_kwargs": "use batch_size",
-    "logger": "use model.history, or on_epoch=",
-    "callbacks": "use on_epoch=",
-    "simple_progress_bar": "use enable_progress_bar",
-    "n_samples_overall": "pass cells= and n_samples= to model.expression",
-    "precision": "training is in float32",
-    "strategy": "training is on one device",
-}
-
-
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among those allowed, naming them."""
-    if value not in allowed:
-        raise OptionError(f"{name} {value!r} is not supported; choose one of {', '.join(allowed)}")
-
-
-def refuse(method: str, arguments: Mapping[str, object]) -> None:
-    """Refuse arguments that scvi-tools has and we have not, naming our way."""
-    for name in arguments:
-        raise OptionError(f"{method}({name}=...) is not supported; {_INSTEAD.get(name, 'see its docstring')}")
-
-
-@dataclass(frozen=True, slots=True)
-class LibraryMoments:
-    """Empirical mean and variance of the log of the cells' totals, batch by batch (natural log)."""
-
-    log_mean: tuple[float, ...]
-    log_var: tuple[float, ...]
-
-
-def library_moments(atlas: Atlas, codes: Codes, n_batch: int) -> LibraryMoments:
-    """One pass over the cells; cells without counts are left out, as scvi-tools does."""
-    n, total, square = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
-    for counts, positions in atlas.iter_blocks(columns=codes.gene_columns):
-        sums = counts.row_sums().double().numpy()
-        filled = sums > 0
-        log_total = np.log(sums[filled])
-        batch = codes.batch_index[positions][filled].astype(np.int64)
-        n += np.bincount(batch, minlength=n_batch)
-        total += np.bincount(batch, log_total, n_batch)
-        square += np.bincount(batch, log_total**2, n_batch)
-    mean = total / np.maximum(n, 1)
-    var = np.maximum(square / np.maximum(n, 1) - mean**2, 0)
-    # A batch of one cell has no spread; a prior of no width would be a division by zero.
-    return LibraryMoments(tuple(mean.tolist()), tuple(np.maximum(var, 1e-4).tolist()))
 
 
 class CountModel(Generic[Config, Module]):
@@ -131,7 +67,7 @@ class CountModel(Generic[Config, Module]):
     plan: TrainingPlan
 
     def __init__(self, adata: Data, config: Config, *, needs_library: bool) -> None:
-        self.atlas, self.fields = _registered(adata, type(self).__name__)
+        self.atlas, self.fields = registered(adata, type(self).__name__)
         self.config = config
         self._codes: Codes | None = resolve(self.fields, self.atlas)
         if self.atlas.n_obs < self.fields.n_vars:
@@ -283,7 +219,7 @@ class CountModel(Generic[Config, Module]):
         max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
-        device = _device(accelerator, devices)
+        device = choose_device(accelerator, devices)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         terms = ("elbo", "reconstruction_loss", "kl_local")
@@ -512,9 +448,9 @@ class CountModel(Generic[Config, Module]):
         if isinstance(library_size, str) and library_size != "latent":
             raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
         atlas, codes = self._data(data)
-        positions = None if cells is None else _cells(cells, atlas.n_obs)
+        positions = None if cells is None else cell_positions(cells, atlas.n_obs)
         n_obs = atlas.n_obs if positions is None else len(positions)
-        at = None if genes is None else torch.from_numpy(_positions_of(genes, self.fields.var_names))
+        at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
         request = Request(
             at,
             self._batch_codes(transform_batch),
@@ -595,8 +531,8 @@ class CountModel(Generic[Config, Module]):
         names = atlas.obs_names.astype(object)
         return pd.DataFrame(
             values,
-            index=names if indices is None else names[_cells(indices, atlas.n_obs)],
-            columns=list(self.fields.var_names if gene_list is None else _names(gene_list)),
+            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
+            columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
         )
 
     # --- files ----------------------------------------------------------------------------------
@@ -616,12 +552,7 @@ class CountModel(Generic[Config, Module]):
             SpaceError: the disk is full; the folder stays what it was.
         """
         refuse("save", unsupported)
-        path = Path(dir_path)
-        check_destination(path)
-        if (path / DESCRIPTION).exists() and not overwrite:
-            raise ModelError(f"there is a model in {str(path)!r}; pass overwrite=True to replace it")
         description = {
-            "format": FORMAT,
             "model": type(self).__name__,
             "config": asdict(self.config),  # type: ignore[call-overload]
             "fields": json.loads(self.fields.to_json()),
@@ -629,15 +560,8 @@ class CountModel(Generic[Config, Module]):
             "split": self._split,
             "training": self._training,
             "records": [asdict(record) for record in self.records],
-            "versions": _versions(),
         }
-        with replacing_folder(path) as new:
-            save_file({k: v.contiguous().cpu() for k, v in self.module.state_dict().items()}, new / WEIGHTS)
-            (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
-            if (path / CHECKPOINT).is_dir():
-                shutil.copytree(path / CHECKPOINT, new / CHECKPOINT)
-            if (path / LOG).is_file():
-                shutil.copy2(path / LOG, new / LOG)
+        write_folder(Path(dir_path), description, self.module, overwrite=overwrite)
 
     @classmethod
     def load(cls, dir_path: str | Path, adata: Data | None = None, **unsupported: object) -> Any:
@@ -674,13 +598,7 @@ class CountModel(Generic[Config, Module]):
             raise ModelError(
                 f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
             ) from error
-        try:
-            model.module.load_state_dict(load_file(path / WEIGHTS))
-        except Exception as error:
-            raise ModelError(
-                f"the weights in {str(path / WEIGHTS)!r} cannot be read ({str(error).splitlines()[0]}); "
-                "copy the folder again"
-            ) from error
+        read_weights(path, model.module)
         if adata is not None:
             model.atlas, model._codes = model._data(adata)
         return model
@@ -709,13 +627,15 @@ class CountModel(Generic[Config, Module]):
 
     def _rows(self, data: Data | None, indices: Any) -> NDArray[np.int64]:
         atlas = self._data(data)[0]
-        return atlas.row_numbers if indices is None else atlas.row_numbers[_cells(indices, atlas.n_obs)]
+        return (
+            atlas.row_numbers if indices is None else atlas.row_numbers[cell_positions(indices, atlas.n_obs)]
+        )
 
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
         return stream_minibatches(
             atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False,
-            positions=None if indices is None else _cells(indices, atlas.n_obs),
+            positions=None if indices is None else cell_positions(indices, atlas.n_obs),
         )  # fmt: skip
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
@@ -734,147 +654,6 @@ class CountModel(Generic[Config, Module]):
                     f"transform_batch {level!r} is not a batch of the model; it knows {', '.join(known)}"
                 )
         return tuple(known.index(level) for level in levels)
-
-
-def _registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
-    if isinstance(adata, str | Path):
-        adata = open_atlas(adata)
-    if isinstance(adata, Atlas):
-        atlas, fields = adata, adata.registration
-    else:
-        fields = from_uns(adata)
-        atlas = Atlas.from_anndata(adata, layer=fields.layer if fields else None)
-    if fields is None:
-        raise OptionError(f"the data were not set up; call {model}.setup_anndata(adata, batch_key=...) first")
-    return atlas, fields
-
-
-def split_cells(
-    n_obs: int, train_size: float, validation_size: float | None, shuffle: bool, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the training, validation and remaining cells, each in increasing order.
-
-    Raises:
-        OptionError: shares that are not shares, or too few cells to train on.
-    """
-    validation_size = 1 - train_size if validation_size is None else validation_size
-    if not 0 < train_size <= 1 or not 0 <= validation_size <= 1 or train_size + validation_size > 1 + 1e-9:
-        raise OptionError(
-            f"train_size {train_size} and validation_size {validation_size} must be shares of 1 in sum"
-        )
-    n_train = int(np.ceil(train_size * n_obs))
-    n_validation = min(int(np.floor(validation_size * n_obs + 1e-9)), n_obs - n_train)
-    if n_train < 3:
-        raise OptionError(f"{n_train} of {n_obs} cells are too few to train on; at least 3 are needed")
-    order = np.arange(n_obs)
-    if shuffle:
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(n_obs)
-    # They are held throughout training: 4 bytes a cell rather than 8.
-    order = order.astype(np.int32 if n_obs < 1 << 31 else np.int64)
-    cuts = np.split(order, [n_train, n_train + n_validation])
-    return np.sort(cuts[0]), np.sort(cuts[1]), np.sort(cuts[2])
-
-
-def _device(accelerator: str, devices: int | str) -> torch.device:
-    one_of("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))
-    if devices not in ("auto", 1, "1"):
-        raise OptionError(f"devices={devices!r} is not supported; training is on one device: devices=1")
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise OptionError(f"accelerator={accelerator!r}, but torch finds no CUDA device; use 'cpu' or 'auto'")
-    use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _positions_of(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
-    import difflib
-
-    names = _names(names)
-    where = {name: i for i, name in enumerate(known)}
-    missing = [name for name in names if name not in where]
-    if missing:
-        near = difflib.get_close_matches(str(missing[0]), known, 3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise GenesError(f"{len(missing)} genes are not the model's, the first {missing[0]!r}{hint}")
-    return np.array([where[name] for name in names], np.int64)
-
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else [str(name) for name in names]
-
-
-def _cells(cells: Any, n_obs: int) -> NDArray[np.int64]:
-    """Cells as a person names them (a slice, a mask, positions, from the end if negative) as positions."""
-    chosen = np.arange(n_obs)[cells] if isinstance(cells, slice) else np.atleast_1d(np.asarray(cells))
-    if not len(chosen) or (chosen.dtype == bool and not chosen.any()):
-        raise CellsError(f"none of the {n_obs} cells were chosen; choose at least one")
-    if chosen.ndim != 1 or chosen.dtype.kind not in "biu":
-        raise CellsError(
-            f"cells are chosen by a slice, integers or a mask, not {chosen.dtype} {chosen.shape}"
-        )
-    if chosen.dtype == bool:
-        if len(chosen) != n_obs:
-            raise CellsError(
-                f"a mask of {len(chosen)} cells was given for {n_obs}; it must have one entry each"
-            )
-        return np.flatnonzero(chosen)
-    chosen = chosen.astype(np.int64)
-    outside = chosen[(chosen < -n_obs) | (chosen >= n_obs)]
-    if len(outside):
-        raise CellsError(f"cell {outside[0]} was asked for but there are {n_obs}, from 0 to {n_obs - 1}")
-    return np.where(chosen < 0, chosen + n_obs, chosen)
-
-
-def _versions() -> dict[str, str]:
-    return {"atlasvi": atlasvi.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-
-
-def check_destination(path: Path) -> None:
-    """Make sure that a model may be written to a folder: it holds nothing but what is a model's.
-
-    Raises:
-        ModelError: it is a file, or holds something else.
-    """
-    settle(path)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
-    known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
-    # What a run that was killed left half-written has a name of ours.
-    known |= {f".{name}.{state}" for name in (CHECKPOINT, LOG) for state in ("new", "old")}
-    strangers = sorted(p.name for p in path.iterdir() if p.name not in known)
-    if strangers:
-        raise ModelError(f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder")
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """The JSON of a model folder.
-
-    Raises:
-        ModelError: it is not a model, or training never finished.
-        VersionError: it was written by a newer atlasvi.
-    """
-    settle(path)
-    if not (path / DESCRIPTION).is_file():
-        if (path / CHECKPOINT).is_dir():
-            raise ModelError(
-                f"training into {str(path)!r} has not finished; go on with: atlasvi train --resume"
-            )
-        raise ModelError(f"{str(path)!r} is not a model folder: it has no {DESCRIPTION}")
-    try:
-        description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
-        written = int(description["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"
-        ) from error
-    if written > FORMAT:
-        version = description.get("versions", {}).get("atlasvi", "a newer version")
-        raise VersionError(
-            f"{str(path)!r} has format {written}, this atlasvi reads up to {FORMAT}; "
-            f"it was written by atlasvi {version}: pip install --upgrade atlasvi"
-        )
-    return description
 
 
 __all__ = ["CountModel", "Data", "LibraryMoments", "library_moments", "one_of", "refuse"]

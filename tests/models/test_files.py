@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-import atlasvi.models.base as base
+import atlasvi.models.folder as folder
 from atlasvi.errors import ModelError, OptionError, SpaceError, VersionError
 from atlasvi.models.scvi import SCVI
 
@@ -146,7 +146,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_model_whole(error, saved, model, 
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(base, "save_file", half)
+    monkeypatch.setattr(folder, "save_file", half)
     with pytest.raises(BaseException) as raised:
         model.save(saved, overwrite=True)
     assert not isinstance(raised.value, AssertionError)
@@ -155,7 +155,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_model_whole(error, saved, model, 
 
 
 def test_a_first_save_that_is_cut_off_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "_versions", lambda: 1 / 0)
+    monkeypatch.setattr(folder, "versions", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save(tmp_path / "new")
     assert not list(tmp_path.iterdir())
@@ -181,7 +181,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(error, model, tmp_path, monkeyp
     def full(tensors, path):
         raise error
 
-    monkeypatch.setattr(base, "save_file", full)
+    monkeypatch.setattr(folder, "save_file", full)
     with pytest.raises(SpaceError, match="no space left"):
         model.save(tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Arguments as people give them: names, cells, devices; what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atlasvi.errors import CellsError, GenesError, OptionError
+
+_INSTEAD = {
+    "load_sparse_tensor": "counts are always sparse here",
+    "datasplitter_kwargs": "use train_size, validation_size, shuffle_set_split and seed",
+    "plan_config": "use plan_kwargs",
+    "trainer_config": "use the arguments of train",
+    "datamodule": "give the model an Atlas: atlasvi.open(path)",
+    "dataloader": "give the model an Atlas: atlasvi.open(path)",
+    "data_loader_kwargs": "use batch_size",
+    "logger": "use model.history, or on_epoch=",
+    "callbacks": "use on_epoch=",
+    "simple_progress_bar": "use enable_progress_bar",
+    "n_samples_overall": "pass cells= and n_samples= to model.expression",
+    "precision": "training is in float32",
+    "strategy": "training is on one device",
+}
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed, naming them."""
+    if value not in allowed:
+        raise OptionError(f"{name} {value!r} is not supported; choose one of {', '.join(allowed)}")
+
+
+def refuse(method: str, arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that scvi-tools has and we have not, naming our way."""
+    for name in arguments:
+        raise OptionError(f"{method}({name}=...) is not supported; {_INSTEAD.get(name, 'see its docstring')}")
+
+
+def choose_device(accelerator: str, devices: int | str) -> torch.device:
+    """The device to train on, as scvi-tools' ``accelerator`` and ``devices`` name it."""
+    one_of("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))
+    if devices not in ("auto", 1, "1"):
+        raise OptionError(f"devices={devices!r} is not supported; training is on one device: devices=1")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise OptionError(f"accelerator={accelerator!r}, but torch finds no CUDA device; use 'cpu' or 'auto'")
+    use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def gene_positions(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    """Positions of some genes among the model's."""
+    names = as_names(names)
+    where = {name: i for i, name in enumerate(known)}
+    missing = [name for name in names if name not in where]
+    if missing:
+        near = difflib.get_close_matches(str(missing[0]), known, 3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise GenesError(f"{len(missing)} genes are not the model's, the first {missing[0]!r}{hint}")
+    return np.array([where[name] for name in names], np.int64)
+
+
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """One name, or several, as a list."""
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def cell_positions(cells: Any, n_obs: int) -> NDArray[np.int64]:
+    """Cells as a person names them (a slice, a mask, positions, from the end if negative) as positions."""
+    chosen = np.arange(n_obs)[cells] if isinstance(cells, slice) else np.atleast_1d(np.asarray(cells))
+    if not len(chosen) or (chosen.dtype == bool and not chosen.any()):
+        raise CellsError(f"none of the {n_obs} cells were chosen; choose at least one")
+    if chosen.ndim != 1 or chosen.dtype.kind not in "biu":
+        raise CellsError(
+            f"cells are chosen by a slice, integers or a mask, not {chosen.dtype} {chosen.shape}"
+        )
+    if chosen.dtype == bool:
+        if len(chosen) != n_obs:
+            raise CellsError(
+                f"a mask of {len(chosen)} cells was given for {n_obs}; it must have one entry each"
+            )
+        return np.flatnonzero(chosen)
+    chosen = chosen.astype(np.int64)
+    outside = chosen[(chosen < -n_obs) | (chosen >= n_obs)]
+    if len(outside):
+        raise CellsError(f"cell {outside[0]} was asked for but there are {n_obs}, from 0 to {n_obs - 1}")
+    return np.where(chosen < 0, chosen + n_obs, chosen)

@@ -1,0 +1,86 @@
+"""The data of a model: what was set up, how it is split, the moments of its library sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlasvi.errors import OptionError
+from atlasvi.store.atlas import Atlas
+from atlasvi.store.atlas import open as open_atlas
+from atlasvi.store.fields import Codes, from_uns
+from atlasvi.types import FieldMap
+
+if TYPE_CHECKING:
+    import anndata
+
+Data: TypeAlias = "Atlas | anndata.AnnData | str | Path"
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryMoments:
+    """Empirical mean and variance of the log of the cells' totals, batch by batch (natural log)."""
+
+    log_mean: tuple[float, ...]
+    log_var: tuple[float, ...]
+
+
+def library_moments(atlas: Atlas, codes: Codes, n_batch: int) -> LibraryMoments:
+    """One pass over the cells; cells without counts are left out, as scvi-tools does."""
+    n, total, square = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
+    for counts, positions in atlas.iter_blocks(columns=codes.gene_columns):
+        sums = counts.row_sums().double().numpy()
+        filled = sums > 0
+        log_total = np.log(sums[filled])
+        batch = codes.batch_index[positions][filled].astype(np.int64)
+        n += np.bincount(batch, minlength=n_batch)
+        total += np.bincount(batch, log_total, n_batch)
+        square += np.bincount(batch, log_total**2, n_batch)
+    mean = total / np.maximum(n, 1)
+    var = np.maximum(square / np.maximum(n, 1) - mean**2, 0)
+    # A batch of one cell has no spread; a prior of no width would be a division by zero.
+    return LibraryMoments(tuple(mean.tolist()), tuple(np.maximum(var, 1e-4).tolist()))
+
+
+def registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
+    """The data as an `Atlas`, and what ``setup_anndata`` was told about it."""
+    if isinstance(adata, str | Path):
+        adata = open_atlas(adata)
+    if isinstance(adata, Atlas):
+        atlas, fields = adata, adata.registration
+    else:
+        fields = from_uns(adata)
+        atlas = Atlas.from_anndata(adata, layer=fields.layer if fields else None)
+    if fields is None:
+        raise OptionError(f"the data were not set up; call {model}.setup_anndata(adata, batch_key=...) first")
+    return atlas, fields
+
+
+def split_cells(
+    n_obs: int, train_size: float, validation_size: float | None, shuffle: bool, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the training, validation and remaining cells, each in increasing order.
+
+    Raises:
+        OptionError: shares that are not shares, or too few cells to train on.
+    """
+    validation_size = 1 - train_size if validation_size is None else validation_size
+    if not 0 < train_size <= 1 or not 0 <= validation_size <= 1 or train_size + validation_size > 1 + 1e-9:
+        raise OptionError(
+            f"train_size {train_size} and validation_size {validation_size} must be shares of 1 in sum"
+        )
+    n_train = int(np.ceil(train_size * n_obs))
+    n_validation = min(int(np.floor(validation_size * n_obs + 1e-9)), n_obs - n_train)
+    if n_train < 3:
+        raise OptionError(f"{n_train} of {n_obs} cells are too few to train on; at least 3 are needed")
+    order = np.arange(n_obs)
+    if shuffle:
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(n_obs)
+    # They are held throughout training: 4 bytes a cell rather than 8.
+    order = order.astype(np.int32 if n_obs < 1 << 31 else np.int64)
+    cuts = np.split(order, [n_train, n_train + n_validation])
+    return np.sort(cuts[0]), np.sort(cuts[1]), np.sort(cuts[2])
