@@ -86,14 +86,20 @@ def _njit(**options: Any) -> Any:
 
 @_njit(fastmath=_FLAGS)
 def _exp_shifted(row, shift, scratch):  # type: ignore[no-untyped-def]
+    for g in range(len(row)):
+        scratch[g] = exp32(row[g] - shift)
+
+
+@_njit(fastmath=_FLAGS)
+def _sum(values):  # type: ignore[no-untyped-def]
+    # Sums are taken in loops of their own, which write nothing. A loop that also writes asks at run time
+    # whether its arrays are too near each other to be vectorised, and adds in another order if they are:
+    # the same numbers would then give another sum wherever malloc happened to put them.
     total = 0.0
-    for start in range(0, len(row), _TILE):
-        stop = min(start + _TILE, len(row))
+    for start in range(0, len(values), _TILE):
         part = _f(0.0)
-        for g in range(start, stop):
-            e = exp32(row[g] - shift)
-            scratch[g] = e
-            part += e
+        for g in range(start, min(start + _TILE, len(values))):
+            part += values[g]
         total += np.float64(part)
     return total
 
@@ -115,6 +121,13 @@ def _row_max(row, lanes):  # type: ignore[no-untyped-def]
     return top
 
 
+@_njit(fastmath=_FLAGS)
+def _pull(u, mu, pull, weight):  # type: ignore[no-untyped-def]
+    """From u to the gradient of the logits."""
+    for g in range(len(u)):
+        u[g] = weight * (u[g] - mu[g] * pull)
+
+
 # The functions below take the zero case of every gene of a tile. They leave u = d f / d log mu and dp
 # where the gradients go, and what the correction at a non-zero must take back in scratch: f and dtheta
 # as they were counted, and log1p(mu / theta), which it needs again.
@@ -122,19 +135,15 @@ def _row_max(row, lanes):  # type: ignore[no-untyped-def]
 
 @_njit(fastmath=_FLAGS)
 def _zero_poisson(mu, scale, u, f_zero):  # type: ignore[no-untyped-def]
-    f = _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         mu[g] = m
         u[g] = -m
         f_zero[g] = -m
-        f -= m
-    return f, f
 
 
 @_njit(fastmath=_FLAGS)
 def _zero_nb(mu, scale, theta, weight, u, g_theta, f_zero, d_zero, log1p_ratio):  # type: ignore[no-untyped-def]
-    f, total_u = _f(0.0), _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         r = m / theta[g]
@@ -142,13 +151,10 @@ def _zero_nb(mu, scale, theta, weight, u, g_theta, f_zero, d_zero, log1p_ratio):
         share = _f(1.0) / (_f(1.0) + r)
         z = -theta[g] * log1p_r
         d = _dtheta_zero(r, share, log1p_r)
-        f += z
-        total_u -= m * share
         u[g] = -m * share
         mu[g] = m
         g_theta[g] += weight * d
         f_zero[g], d_zero[g], log1p_ratio[g] = z, d, log1p_r
-    return f, total_u
 
 
 @_njit(fastmath=_INLINE, forceinline=True)
@@ -160,25 +166,23 @@ def _dtheta_zero(r, share, log1p_r):  # type: ignore[no-untyped-def]
 
 @_njit(fastmath=_FLAGS)
 def _zero_zip(mu, scale, pi, weight, u, g_pi, f_zero):  # type: ignore[no-untyped-def]
-    f, total_u, n_tiny = _f(0.0), _f(0.0), _f(0.0)
+    n_tiny = _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         log_ratio, s, dp, tiny = _inflate(-m, pi[g])
-        f += log_ratio
-        total_u -= s * m
         n_tiny += tiny
         mu[g] = m
         u[g] = -s * m
         g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
         f_zero[g] = log_ratio
-    return f, total_u, n_tiny
+    return n_tiny
 
 
 @_njit(fastmath=_FLAGS)
 def _zero_zinb(  # type: ignore[no-untyped-def]
     mu, scale, theta, pi, weight, u, g_theta, g_pi, f_zero, d_zero, log1p_ratio
 ):
-    f, total_u, n_tiny = _f(0.0), _f(0.0), _f(0.0)
+    n_tiny = _f(0.0)
     for g in range(len(mu)):
         m = mu[g] * scale
         r = m / theta[g]
@@ -186,15 +190,13 @@ def _zero_zinb(  # type: ignore[no-untyped-def]
         share = _f(1.0) / (_f(1.0) + r)
         log_ratio, s, dp, tiny = _inflate(-theta[g] * log1p_r, pi[g])
         d = s * _dtheta_zero(r, share, log1p_r)
-        f += log_ratio
-        total_u -= s * m * share
         n_tiny += tiny
         mu[g] = m
         u[g] = -s * m * share
         g_theta[g] += weight * d
         g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
         f_zero[g], d_zero[g], log1p_ratio[g] = log_ratio, d, log1p_r
-    return f, total_u, n_tiny
+    return n_tiny
 
 
 @_njit(fastmath=_INLINE, forceinline=True)
@@ -288,26 +290,22 @@ def _rows(  # type: ignore[no-untyped-def]
         dth = g_theta[slot, theta_row[b]] if has_theta else none
 
         shift = _row_max(logits[b], lanes) if softmax else _f(0.0)
-        total = _exp_shifted(logits[b], shift, mu)
-        if not softmax:
-            total = 1.0
+        _exp_shifted(logits[b], shift, mu)
+        total = _sum(mu) if softmax else 1.0
         scale = _f(library[b] / total)
         log_scale = math.log(np.float64(library[b])) - np.float64(shift) - math.log(total)
 
-        f, total_u = 0.0, 0.0
         for start in range(0, n_vars, _TILE):
             t = slice(start, min(start + _TILE, n_vars))
             if kind == _POISSON:
-                part_f, part_u = _zero_poisson(mu[t], scale, u[t], f_zero[t])
+                _zero_poisson(mu[t], scale, u[t], f_zero[t])
             elif kind == _NB:
-                part_f, part_u = _zero_nb(
-                    mu[t], scale, th[t], weight, u[t], dth[t], f_zero[t], d_zero[t], log1p_ratio[t]
-                )
+                _zero_nb(mu[t], scale, th[t], weight, u[t], dth[t], f_zero[t], d_zero[t], log1p_ratio[t])
             else:
                 if kind == _ZIP:
-                    part_f, part_u, n_tiny = _zero_zip(mu[t], scale, p_row[t], weight, u[t], dp[t], f_zero[t])
+                    n_tiny = _zero_zip(mu[t], scale, p_row[t], weight, u[t], dp[t], f_zero[t])
                 else:
-                    part_f, part_u, n_tiny = _zero_zinb(
+                    n_tiny = _zero_zinb(
                         mu[t], scale, th[t], p_row[t], weight, u[t], dth[t], dp[t],
                         f_zero[t], d_zero[t], log1p_ratio[t],
                     )  # fmt: skip
@@ -316,14 +314,11 @@ def _rows(  # type: ignore[no-untyped-def]
                         if dp[g] == _LEFT_OUT:
                             theta_g = np.float64(th[g]) if has_theta else 1.0
                             e = _zero_in_float64(np.float64(mu[g]), theta_g, np.float64(p_row[g]), has_theta)
-                            f += e[0]
-                            total_u += e[1]
                             f_zero[g], u[g], dp[g] = e[0], e[1], weight * _f(e[3])
                             if has_theta:
                                 d_zero[g] = e[2]
                                 dth[g] += weight * d_zero[g]
-            f += np.float64(part_f)
-            total_u += np.float64(part_u)
+        f, total_u = _sum(f_zero), _sum(u)
 
         for k in range(indptr[b], indptr[b + 1]):
             x = np.float64(data[k])
@@ -358,6 +353,4 @@ def _rows(  # type: ignore[no-untyped-def]
         log_p[b] = f
         g_library[b] = weight * _f(total_u / np.float64(library[b]))
         if with_gradient:
-            pull = _f(total_u / np.float64(library[b])) if softmax else _f(0.0)
-            for g in range(n_vars):
-                u[g] = weight * (u[g] - mu[g] * pull)
+            _pull(u, mu, _f(total_u / np.float64(library[b])) if softmax else _f(0.0), weight)

@@ -249,3 +249,35 @@ def test_a_backend_asked_for_never_falls_back():
             counts, torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64),
             likelihood="poisson", backend="numba",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [15, 60, 1024])
+def test_a_row_is_computed_alike_wherever_its_memory_lies(n):
+    """A compiled loop that finds its arrays near each other may take another path, and add in another
+    order: the same seed would then not give the same weights."""
+    from atlasvi_kernels.count_ll import cpu
+
+    rng = np.random.default_rng(0)
+    inputs = {"mu": rng.gamma(1, 1, n), "theta": rng.gamma(1, 1, n), "pi": rng.normal(0, 3, n), "g_theta": 0}
+    names = ("mu", "theta", "pi", "u", "g_theta", "g_pi", "f_zero", "d_zero", "log1p_ratio")
+
+    def run(order, gap):
+        buffer = np.full(len(names) * (n + gap), np.float32(3), np.float32)
+        at = {name: buffer[i * (n + gap) : i * (n + gap) + n] for i, name in enumerate(order)}
+        for name, values in inputs.items():
+            at[name][:] = values
+        one = np.float32(1)
+        likes = [at[name] for name in ("f_zero", "d_zero", "log1p_ratio")]
+        cpu._zero_zinb(at["mu"], one, at["theta"], at["pi"], one, at["u"], at["g_theta"], at["g_pi"], *likes)
+        seen = [cpu._sum(at["f_zero"]), cpu._sum(at["u"]), *(at[name].copy() for name in names)]
+        cpu._zero_nb(at["mu"], one, at["theta"], one, at["u"], at["g_theta"], *likes)
+        seen += [cpu._sum(at["f_zero"]), cpu._sum(at["u"]), *(at[name].copy() for name in names)]
+        cpu._exp_shifted(at["pi"], one, at["mu"])
+        cpu._pull(at["u"], at["mu"], np.float32(0.3), np.float32(0.5))
+        return [*seen, cpu._sum(at["mu"]), *(at[name].copy() for name in names)]
+
+    expected = run(names, 4096)
+    for _ in range(100):
+        got = run(rng.permutation(names), int(rng.choice([0, 1, 4, 16])))
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
