@@ -26,7 +26,12 @@ from __future__ import annotations
 
 
 class AtlasviError(Exception):
-    """Base of all errors raised on purpose by atlasvi."""
+    """Base of all errors raised on purpose by atlasvi.
+
+    Example:
+        >>> issubclass(CountsError, AtlasviError)
+        True
+    """
 
 
 class DataError(AtlasviError, ValueError):

@@ -90,7 +90,12 @@ def counter_uniform(seed: int, step: int, stream: int, rows: torch.Tensor, n: in
 
 
 def counter_normal(seed: int, step: int, stream: int, rows: torch.Tensor, n: int) -> torch.Tensor:
-    """``n`` standard normal draws for each row (Box and Muller 1958); arguments as `counter_uniform`."""
+    """``n`` standard normal draws for each row (Box and Muller 1958); arguments as `counter_uniform`.
+
+    Example:
+        >>> counter_normal(0, 0, 0, torch.tensor([3]), 2).shape
+        torch.Size([1, 2])
+    """
     u = _draw(seed, step, stream, rows, 2 * ((n + 1) // 2))
     half = u.shape[1] // 2
     radius = torch.sqrt(-2 * torch.log(u[:, :half]))

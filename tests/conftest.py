@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import atlasvi  # noqa: F401, I001 - first: it tells OpenMP not to spin before torch starts it
 import anndata
 import numpy as np
 import pandas as pd

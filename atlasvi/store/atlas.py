@@ -46,6 +46,11 @@ def open(path: str | os.PathLike[str], *, layer: str | None = None) -> Atlas:
         NotAnAtlasError: there is no AnnData there, or an ingest never finished.
         CorruptError: a file is truncated or damaged.
         OptionError: the layer is not there, or the counts are stored by genes.
+
+    Example:
+        >>> with open(atlas.path) as opened:
+        ...     opened.n_obs > 0
+        True
     """
     path = Path(path)
     remedy = "make one: atlasvi ingest INPUT -o atlas.zarr"

@@ -191,7 +191,7 @@ def ordered_sizes(
 
     Example:
         >>> ordered_sizes(1000.0, 2)
-        (698, 4)
+        (699, 4)
     """
     if memory_budget < 1:
         raise OptionError(f"memory_budget={memory_budget} cannot be: give it in bytes, at least 1")

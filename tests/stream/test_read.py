@@ -31,7 +31,7 @@ def reader(n_rows):
 
 
 def ours():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("atlasvi")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("atlasvi-read", "atlasvi-decode"))]
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_the_process():
             for _ in read_buffers(read, plan, num_workers=2):
                 pass
         except KeyboardInterrupt:
-            print([t.name for t in threading.enumerate() if t.name.startswith("atlasvi")])
+            print([t.name for t in threading.enumerate() if t.name.startswith(("atlasvi-read", "atlasvi-decode"))])
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
