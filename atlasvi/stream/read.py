@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -85,6 +86,15 @@ def _read_ahead(read: ReadBlock, plan: EpochPlan, num_workers: int, prefetch: in
     decoder = threading.Thread(
         target=_decode, args=(read, plan, pool, ready, slots, stop), name="atlasvi-decode", daemon=True
     )
+
+    def finish() -> None:
+        stop.set()
+        slots.release()
+        decoder.join()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+    # Python may be left amid an epoch: a thread that then comes back from compiled code would abort it.
+    atexit.register(finish)
     decoder.start()
     try:
         for _ in range(plan.n_buffers):
@@ -95,10 +105,8 @@ def _read_ahead(read: ReadBlock, plan: EpochPlan, num_workers: int, prefetch: in
             del item
             slots.release()
     finally:
-        stop.set()
-        slots.release()
-        decoder.join()
-        pool.shutdown(wait=True, cancel_futures=True)
+        atexit.unregister(finish)
+        finish()
 
 
 def _decode(
