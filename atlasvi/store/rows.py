@@ -16,6 +16,7 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CorruptError, OptionError
+from atlasvi.store.offsets import Offsets
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _config_lock = threading.Lock()
@@ -137,7 +138,7 @@ class SparseRows:
     """A CSR matrix on disk: three arrays of an HDF5 or Zarr group.
 
     Args:
-        indptr: the offsets, read whole (8 bytes a cell).
+        indptr: the offsets, kept as `Offsets` (2 bytes a cell).
         indices: array with ``[a:b]``.
         data: array with ``[a:b]``.
         n_vars: number of columns.
@@ -158,11 +159,11 @@ class SparseRows:
         checksums: tuple[ShardChecksums, ...] = (),
     ) -> None:
         with reading(place, 0, indptr.shape[0] - 1):
-            self.indptr = np.asarray(indptr[...], np.int64)
+            self.indptr: Any = Offsets(indptr)
         self._indices, self._data, self._place, self._checksums = indices, data, place, checksums
         self.shape = (len(self.indptr) - 1, int(n_vars))
         lengths = int(indices.shape[0]), int(data.shape[0])
-        if self.indptr[0] != 0 or _falls(self.indptr) or not self.indptr[-1] == lengths[0] == lengths[1]:
+        if self.indptr[0] != 0 or self.indptr.falls or not self.indptr[-1] == lengths[0] == lengths[1]:
             raise CorruptError(
                 f"{place}: indptr runs from {self.indptr[0]} to {self.indptr[-1]} where there are "
                 f"{lengths[0]} indices and {lengths[1]} values; the file is damaged, write it again"
@@ -184,10 +185,6 @@ class SparseRows:
         return CSR.from_numpy(
             self.indptr[start : stop + 1] - first, indices, plain(data, self._place), self.shape[1]
         )
-
-
-def _falls(offsets: NDArray[np.int64]) -> bool:
-    return bool((offsets[1:] < offsets[:-1]).any())
 
 
 def _index_type(indices: NDArray[Any]) -> NDArray[Any]:
