@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,3 +529,24 @@ def test_a_store_that_may_not_be_written_to_is_said_so(store, monkeypatch):
     with pytest.raises(StoreError, match=r"cannot be written .* check that you may write there"):
         module.open(store).write_obsm("X_scVI", [np.ones((300, 4))], 4)
     assert list(read_zarr(store).obsm) == []
+
+
+def test_a_view_becomes_an_anndata_that_scipy_and_scanpy_can_work_with(small_store, tmp_path):
+    path = tmp_path / "atlas.zarr"
+    shutil.copytree(small_store, path)
+    with module.open(path) as opened:
+        opened.write_obsm("X_scVI", [np.arange(2 * opened.n_obs).reshape(-1, 2)], 2)
+    expected = anndata.read_zarr(path)
+    with module.open(path) as opened:
+        view = opened[[5, 1, 200], ["gene-3", "gene-0"]]
+        got = view.to_anndata()
+        whole = opened.to_anndata()
+    assert (whole.X.dtype, whole.X.indices.dtype) == (np.float32, np.int32)
+    whole.X.eliminate_zeros()  # what fails on the narrow indices of the store
+    np.testing.assert_array_equal(whole.X.toarray(), expected.X.toarray())
+    pd.testing.assert_frame_equal(whole.obs, expected.obs)
+    part = expected[[5, 1, 200], ["gene-3", "gene-0"]]
+    np.testing.assert_array_equal(got.X.toarray(), part.X.toarray())
+    np.testing.assert_array_equal(got.obsm["X_scVI"], part.obsm["X_scVI"])
+    assert list(got.var_names) == ["gene-3", "gene-0"]
+    assert list(got.obs["cell_type"]) == list(part.obs["cell_type"])
