@@ -7,7 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-import atlasvi  # noqa: F401, I001 - first: it tells OpenMP not to spin before torch starts it
+import atlasvi  # noqa: F401 - first: it tells OpenMP not to spin before torch starts it
+
+# isort: split
 import anndata
 import numpy as np
 import pandas as pd

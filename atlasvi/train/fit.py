@@ -131,7 +131,7 @@ def fit(
 
         held_out: tuple[float | None, float | None, float | None] = (None, None, None)
         if validation is not None and ((epoch + 1) % validate_every == 0 or epoch + 1 == max_epochs):
-            held_out = evaluate(module, validation(), seed=seed, device=device).means()[1:]  # without the loss, which has the KL weight in it
+            held_out = evaluate(module, validation(), seed=seed, device=device).means()[1:]
         loss, elbo, reconstruction, kl = sums.means()
         record = EpochRecord(
             epoch, loss, elbo, reconstruction, kl, *held_out,

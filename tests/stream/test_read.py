@@ -31,7 +31,8 @@ def reader(n_rows):
 
 
 def ours():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("atlasvi-read", "atlasvi-decode"))]
+    names = ("atlasvi-read", "atlasvi-decode")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -194,7 +195,8 @@ def test_ctrl_c_ends_the_process():
             for _ in read_buffers(read, plan, num_workers=2):
                 pass
         except KeyboardInterrupt:
-            print([t.name for t in threading.enumerate() if t.name.startswith(("atlasvi-read", "atlasvi-decode"))])
+            names = ("atlasvi-read", "atlasvi-decode")
+            print([t.name for t in threading.enumerate() if t.name.startswith(names)])
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
