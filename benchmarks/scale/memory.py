@@ -17,9 +17,10 @@ Stages, each on what the one before it left in the folder:
 ``load``       the control: ``anndata.read_zarr`` of the store, which no limit below its size lets pass
 =============  =========================================================================================
 
-A peak is the most that readers, workers and encoders hold at one moment, and the more moments there are the
-higher it is found. So that this is not taken for the price of a cell, a stage goes through few cells again and
-again until it has gone through ``--work`` of them (several epochs, several decodings); 0 means once.
+A peak is the most that readers, workers and encoders hold at one moment, and the more moments there are
+the higher it is found. So that this is not taken for the price of a cell, a stage goes through few cells
+again and again until it has gone through ``--work`` of them (several epochs, several decodings); 0: once.
+All stages run on two cores, since each further reader and writer has its own share of a budget.
 
 With ``--limit`` a stage may take no more than so many MiB above its level: the control must then fail where
 the others pass.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import resource
 import shutil
@@ -64,6 +66,8 @@ class Setting:
         hidden: units of the hidden layers.
         some_genes: genes that ``decode`` writes.
         work: cells that a stage goes through at least, if need be the same several times.
+        live: have malloc give freed blocks back at once: what is measured then is what is in use, to a few
+            hundred kB; without, what a user sees, which differs by a tenth from run to run.
         limit: MiB above the level that a stage may take, or 0 for no limit.
     """
 
@@ -77,6 +81,7 @@ class Setting:
     hidden: int = 128
     some_genes: int = 24
     work: int = 400_000
+    live: int = 0
     limit: int = 0
 
     def times(self, n: int) -> int:
@@ -133,9 +138,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     for stage, of_stage in peaks.items():
         medians = {n: statistics.median(values) for n, values in sorted(of_stage.items())}
         few, many = min(medians), max(medians)
-        cost = (medians[many] - medians[few]) / max(many - few, 1)
+        ratio, cost = medians[many] / medians[few], (medians[many] - medians[few]) / max(many - few, 1)
         shown = "  ".join(f"{n:>9,}: {peak / _MIB:7.1f} MiB" for n, peak in medians.items())
-        lines.append(f"{stage:<11} {shown}  ratio {medians[many] / medians[few]:.3f}  {cost:6.1f} bytes a cell")
+        lines.append(f"{stage:<11} {shown}  ratio {ratio:.3f}  {cost:6.1f} bytes a cell")
     lines += [f"{run['stage']:<11} {run['cells']:>9,}: refused" for run in runs if run["peak"] is None]
     return "\n".join(lines)
 
@@ -143,10 +148,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 def _run(stage: str, n: int, folder: Path, setting: Setting) -> dict[str, Any]:
     """One stage in a process of its own. ``peak`` is ``None`` where the limit broke it."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(setting).items()]
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scale.memory", f"--one={stage}", f"--cells={n}",
          f"--folder={folder}", *options],
         stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], check=False,
+        env={**os.environ, **(environment if setting.live else {})},
     )  # fmt: skip
     if done.returncode == REFUSED:
         return {"stage": stage, "cells": n, "peak": None}
@@ -158,6 +165,9 @@ def _run(stage: str, n: int, folder: Path, setting: Setting) -> dict[str, Any]:
 
 def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
     """The body of that process."""
+    # Before torch counts the cores.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     from atlasvi.memory import Watch, give_back
 
     if stage == "prepare":
@@ -175,8 +185,11 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
         with Watch(interval=0.002) as watch:
             for _ in range(1 if stage == "train" else setting.times(n)):
                 ready()
-    except MemoryError:
-        sys.exit(REFUSED)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for the processor's memory.
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            sys.exit(REFUSED)
+        raise
     found = {"stage": stage, "cells": n, "peak": watch.peak_bytes - watch.before_bytes}
     print(json.dumps({**found, "level": watch.before_bytes, "seconds": round(watch.seconds, 2)}))
 

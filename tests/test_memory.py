@@ -1,0 +1,68 @@
+"""Memory does not grow with the number of cells, and a limit that an in-memory copy breaks is kept.
+
+The command `python -m benchmarks.scale.memory` measures, in processes of their own; here on narrow cells
+and with small buffers, so that 20,000 cells already fill each several times.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW, MANY = 20_000, 200_000
+STAGES = ("ingest", "train", "decode", "decode-all")
+# MiB above the level. The counts of the larger store are 210 MiB in the narrowest types.
+LIMIT = 190
+
+pytestmark = [
+    pytest.mark.scale,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory and its limit are read from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    """``measure(stages, cells, *options) -> peaks by (stage, cells)``, bytes or None where refused."""
+    folder = tmp_path_factory.mktemp("memory")
+
+    def run(stages, cells, *options):
+        out = folder / "out.json"
+        subprocess.run(
+            [
+                sys.executable, "-m", "benchmarks.scale.memory", "--stage", *stages,
+                "--cells", *map(str, cells), "--folder", str(folder), "--out", str(out), "--repeats", "1",
+                "--genes", "800", "--counts", "1500", "--repeat", "4000", "--stream-budget", str(2 << 20),
+                "--live", "1",
+                *options,
+            ],
+            cwd=ROOT, check=True, capture_output=True,
+        )  # fmt: skip
+        runs = json.loads(out.read_text())["runs"]
+        return {(found["stage"], found["cells"]): found["peak"] for found in runs}
+
+    run(["simulate"], [FEW, MANY], "--work", "0")
+    return run
+
+
+@pytest.fixture(scope="module")
+def peaks(measure):
+    """Few cells are gone through three times: a peak is found the higher the longer one looks."""
+    few = measure(STAGES, [FEW], "--work", str(3 * FEW))
+    return few | measure(STAGES, [MANY], "--limit", str(LIMIT))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_times_the_cells_take_a_tenth_more_memory_at_most(peaks, stage):
+    few, many = peaks[stage, FEW], peaks[stage, MANY]
+    assert many < 1.1 * few, f"{few / 2**20:.1f} MiB for {FEW:,} cells, {many / 2**20:.1f} for {MANY:,}"
+
+
+def test_all_of_it_runs_under_a_limit_that_breaks_a_copy_in_memory(peaks, measure):
+    assert all(peaks[stage, MANY] is not None for stage in STAGES)
+    control = measure(["load"], [FEW, MANY], "--limit", str(LIMIT))
+    assert control["load", FEW] is not None, "the control must fail for its size and for nothing else"
+    assert control["load", MANY] is None, "the limit is above an in-memory copy: it shows nothing"
