@@ -20,7 +20,8 @@ Stages, each on what the one before it left in the folder:
 A peak is the most that readers, workers and encoders hold at one moment, and the more moments there are
 the higher it is found. So that this is not taken for the price of a cell, a stage goes through few cells
 again and again until it has gone through ``--work`` of them (several epochs, several decodings); 0: once.
-All stages run on two cores, since each further reader and writer has its own share of a budget.
+All stages run on ``--cores`` cores, since each further reader and writer has a chunk of its own in hand; on
+one, what is held at a time is nearly the same in every run.
 
 With ``--limit`` a stage may take no more than so many MiB above its level: the control must then fail where
 the others pass.
@@ -59,6 +60,7 @@ class Setting:
         genes: number of genes.
         counts: median expected counts of a cell.
         repeat: cells that are simulated and then repeated; 0 simulates all.
+        cores: cores to run on.
         workers: threads of ingest.
         ingest_budget: bytes of ingest's shards in flight.
         stream_budget: bytes of decoded buffers in training.
@@ -74,6 +76,7 @@ class Setting:
     genes: int = 2_000
     counts: float = 600.0
     repeat: int = 0
+    cores: int = 2
     workers: int = 2
     ingest_budget: int = 64 * _MIB
     stream_budget: int = 8 * _MIB
@@ -118,7 +121,8 @@ def measure(
     stages: list[str], cells: list[int], folder: Path, setting: Setting, repeats: int
 ) -> list[dict[str, Any]]:
     """Every stage with every number of cells, ``repeats`` times, in turn."""
-    _run("prepare", TINY, folder, replace(setting, limit=0))
+    if not (folder / "model").is_dir():
+        _run("prepare", TINY, folder, replace(setting, limit=0))
     runs = []
     for stage in stages:
         for n in cells:
@@ -167,7 +171,9 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
     """The body of that process."""
     # Before torch counts the cores.
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+        cores = sorted(os.sched_getaffinity(0))
+        first = os.getpid() % len(cores)
+        os.sched_setaffinity(0, (cores + cores)[first : first + setting.cores])
     from atlasvi.memory import Watch, give_back
 
     if stage == "prepare":
@@ -190,6 +196,8 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             sys.exit(REFUSED)
         raise
+    finally:
+        shutil.rmtree(_scratch(folder), ignore_errors=True)
     found = {"stage": stage, "cells": n, "peak": watch.peak_bytes - watch.before_bytes}
     print(json.dumps({**found, "level": watch.before_bytes, "seconds": round(watch.seconds, 2)}))
 
@@ -215,6 +223,11 @@ def _prepare(folder: Path, setting: Setting) -> None:
 
 def _store(n: int, folder: Path) -> Path:
     return folder / f"atlas-{n}.zarr"
+
+
+def _scratch(folder: Path) -> Path:
+    """A store that is removed at the end; another process may run the same stage beside this one."""
+    return folder / f"scratch-{os.getpid()}.zarr"
 
 
 class Repeated:
@@ -283,11 +296,11 @@ def _ingesting(source: Any, out: Path, setting: Setting, *, shuffle: bool) -> Re
 
 
 def _ingest(n: int, folder: Path, setting: Setting) -> Ready:
-    return _ingesting(str(_store(n, folder)), folder / "again.zarr", setting, shuffle=False)
+    return _ingesting(str(_store(n, folder)), _scratch(folder), setting, shuffle=False)
 
 
 def _shuffle(n: int, folder: Path, setting: Setting) -> Ready:
-    return _ingesting(str(_store(n, folder)), folder / "shuffled.zarr", setting, shuffle=True)
+    return _ingesting(str(_store(n, folder)), _scratch(folder), setting, shuffle=True)
 
 
 def _train(n: int, folder: Path, setting: Setting) -> Ready:
@@ -341,7 +354,7 @@ def _decoding(n: int, folder: Path, n_genes: int | None) -> Ready:
     from atlasvi.infer.write import write_expression
 
     model_type = atlasvi.SCVI
-    out = folder / "rho.zarr"
+    out = _scratch(folder)
 
     def run() -> None:
         with atlasvi.open(_store(n, folder)) as atlas:
@@ -351,7 +364,6 @@ def _decoding(n: int, folder: Path, n_genes: int | None) -> Ready:
             write_expression(
                 rho, atlas.read_names, genes, out, overwrite=True, advance=lambda done, text: None
             )
-        shutil.rmtree(out)
 
     return run
 
