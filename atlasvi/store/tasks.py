@@ -11,6 +11,9 @@ from dask.callbacks import Callback
 
 from atlasvi.memory import give_back
 
+# A task that Dask knows of takes about 8 kB, and there are more the more cells there are.
+_AT_ONCE = 128
+
 Item = TypeVar("Item")
 Progress = Callable[[str, int, int], None]
 
@@ -37,11 +40,13 @@ def run_tasks(
     # Dask begins with the last of tasks that depend on nothing; the first rows first reads files in order.
     names = [f"{label}-{k:09d}" for k in reversed(range(len(items)))]
     call = delayed(function, pure=False)
-    todo = [call(item, dask_key_name=name) for item, name in zip(items, names, strict=True)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="atlasvi")
     try:
         with _Report(dict(zip(names, sizes, strict=True)), label, progress):
-            compute(*todo, scheduler="threads", pool=pool, optimize_graph=False)  # type: ignore[no-untyped-call]
+            for first in range(0, len(items), _AT_ONCE):
+                some = slice(first, first + _AT_ONCE)
+                todo = [call(item, dask_key_name=n) for item, n in zip(items[some], names[some], strict=True)]
+                compute(*todo, scheduler="threads", pool=pool, optimize_graph=False)  # type: ignore[no-untyped-call]
     finally:
         # The tasks under way write files: whoever cleans up must not run beside them.
         pool.shutdown(wait=True, cancel_futures=True)
