@@ -23,7 +23,7 @@ from atlasvi.store.rows import with_zarrs
 from atlasvi.store.spill import FileArray, Spill, disk_array
 from atlasvi.store.tasks import Progress, run_tasks
 
-_INDPTR_CHUNK = 1 << 20
+_INDPTR_CHUNK = 1 << 18
 _BYTES_PER_READ_ENTRY = 48
 
 
