@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -70,7 +70,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say(op: str, chosen: str, reason: str) -> str:
     # Cached: each choice is logged once.
     logger.info("%s: backend %s, since %s", op, chosen, reason)
