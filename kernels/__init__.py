@@ -12,9 +12,17 @@ if __name__ != "atlasvi_kernels":
     # From the repository root `import kernels` would find this folder too, as a second copy.
     raise ImportError("this folder is imported as atlasvi_kernels; install the project: pip install -e .")
 
-from .count_ll import count_log_likelihood
+from .count_ll import Entries, count_log_likelihood, count_log_likelihood_entries
 from .csr import CSR
 from .csr_linear import csr_linear
 from .noise import counter_normal, counter_uniform
 
-__all__ = ["CSR", "count_log_likelihood", "counter_normal", "counter_uniform", "csr_linear"]
+__all__ = [
+    "CSR",
+    "Entries",
+    "count_log_likelihood",
+    "count_log_likelihood_entries",
+    "counter_normal",
+    "counter_uniform",
+    "csr_linear",
+]

@@ -170,6 +170,18 @@ class CSR:
         """The same matrix in page-locked memory, from which a GPU copies without waiting."""
         return CSR(self.indptr.pin_memory(), self.indices.pin_memory(), self.data.pin_memory(), self.n_vars)
 
+    def row_range(self, start: int, stop: int) -> CSR:
+        """Rows ``start`` to ``stop`` as a view: their entries are not copied.
+
+        Raises:
+            IndexError: a range outside ``[0, n_obs]``.
+        """
+        if not 0 <= start <= stop <= self.n_obs:
+            raise IndexError(f"rows {start} to {stop} asked of a CSR with {self.n_obs} rows")
+        indptr = self.indptr[start : stop + 1]
+        first, last = int(indptr[0]), int(indptr[-1])
+        return CSR(indptr - first, self.indices[first:last], self.data[first:last], self.n_vars)
+
     def take_rows(self, rows: NDArray[np.int64]) -> CSR:
         """Rows in the order given (they may repeat), copied.
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -40,3 +41,12 @@ def in_parallel(function: Callable[..., None], n_items: int, *arguments: Any, pa
     function(0, bounds[0], bounds[1], *arguments)
     for other in others:
         other.result()
+
+
+def empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """A float32 tensor of any content, in huge pages where the system grants them.
+
+    numpy asks for them and torch does not. Of a large array that is written once, the first touch of its
+    small pages costs several times what the writing does.
+    """
+    return torch.from_numpy(np.empty(shape, np.float32))

@@ -1,5 +1,6 @@
-"""Log-likelihood of sparse counts under Poisson, ZIP, NB and ZINB. The derivation is in README.md here."""
+"""Log-likelihood of sparse counts, with its gradient."""
 
+from .entries import Entries, count_log_likelihood_entries
 from .op import count_log_likelihood
 
-__all__ = ["count_log_likelihood"]
+__all__ = ["Entries", "count_log_likelihood", "count_log_likelihood_entries"]

@@ -1,6 +1,6 @@
-"""The numba backend: the zero case for every gene as vector code, then a correction at each non-zero.
+"""The numba backend: the zero case for every gene as vector code, then a correction at the non-zeros.
 
-Derivation and notation (f, u, dtheta, dp) are in README.md beside this file.
+Derivation and notation (f, z, u, s, dtheta, dp) are in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ import numpy as np
 import torch
 
 from ..csr import CSR
-from ..math_cpu import exp32, exp_expm1_32, lgamma_digamma, log1p32, log32, rising_factorial
-from ..parallel import in_parallel, n_threads
+from ..math_cpu import (
+    exp32,
+    exp_expm1_32,
+    log1p32,
+    log1p_share_32,
+    log32,
+    log_factorial,
+    max32,
+    nb_at_count,
+    vector_code,
+)
+from ..parallel import empty, in_parallel, n_threads
 
 _POISSON, _ZIP, _NB, _ZINB = range(4)
 _KIND = {"poisson": _POISSON, "zip": _ZIP, "nb": _NB, "zinb": _ZINB}
 _FLAGS = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 _INLINE = {"contract", "nsz"}  # no reassociation in functions that live on a rounding error
-_TILE = 1024  # sums are float32 within a tile and float64 across tiles
-_TABLE = 1024
-_LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(_TABLE)])
+# Genes at a time: what the steps of the zero case hand each other stays in the nearest caches. Sums are float32
+# within a tile and float64 across.
+_TILE = 2048
 _f = np.float32
 _LEFT_OUT = _f(2e30)  # marks an entry; no gradient of pi is this large
 
@@ -38,45 +48,60 @@ def run(
     mean: str,
     *,
     weights: torch.Tensor | None,
+    scale: float,
     with_gradient: bool,
+    inplace: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
-    """``(log_p, [d logits, d library, d theta, d pi_logits])`` cell b's gradient times ``weights[b]``."""
-    n_obs = counts.n_obs
-    kind = _KIND[likelihood]
-    empty2 = np.empty((0, 0), np.float32)
+    """Log-likelihood and ``[d logits, d library, d theta, d pi_logits]``.
 
-    logits_ = logits.detach().contiguous().numpy()
-    pi = empty2 if pi_logits is None else pi_logits.detach().contiguous().numpy()
-    theta_ = empty2 if theta is None else np.atleast_2d(theta.detach().contiguous().numpy())
+    Cell b's gradient is multiplied by ``scale`` and, where given, by ``weights[b]``. With ``inplace`` those of
+    logits and pi_logits are written into these tensors' own memory.
+    """
+    n_obs, n_vars = counts.shape
+    kind = _KIND[likelihood]
+    none = np.empty((0, 0), np.float32)
+
+    logits_ = logits.detach().contiguous()
+    pi = None if pi_logits is None else pi_logits.detach().contiguous()
+    theta_ = none if theta is None else np.atleast_2d(theta.detach().contiguous().numpy())
     own_row = theta is not None and theta.dim() == 2 and theta_index is None
     if theta_index is not None:
         theta_row = theta_index.numpy()
+        if n_obs and not 0 <= theta_row.min() <= theta_row.max() < len(theta_):
+            raise ValueError(f"theta_index must lie in [0, {len(theta_)}), reaches {theta_row.max()}")
     else:
         theta_row = np.arange(n_obs) if own_row else np.zeros(n_obs, np.int64)
 
+    g_logits = g_pi = None
+    if with_gradient:
+        g_logits = logits_ if inplace else empty(logits_.shape)
+        g_pi = None if pi is None else pi if inplace else empty(pi.shape)
     parts = n_threads(n_obs)
-    g_logits = torch.empty_like(logits) if with_gradient else None
-    g_pi = torch.empty_like(pi_logits) if with_gradient and pi_logits is not None else None
-    g_library = torch.empty_like(library)
     # Cells that share a row of theta may be on different threads: one sum for each thread.
-    g_theta = np.zeros((1 if own_row else parts, *theta_.shape), np.float32)
-    log_p = torch.empty_like(library)
+    g_theta = (
+        np.empty((1, *theta_.shape), np.float32) if own_row else np.zeros((parts, *theta_.shape), np.float32)
+    )
+    log_p, g_library = torch.empty(n_obs), torch.empty(n_obs)
+    upstream = np.full(n_obs, scale, np.float32)
+    if weights is not None:
+        upstream *= weights.numpy()
+    indptr = counts.indptr.numpy()
 
     in_parallel(
         _rows, n_obs,
-        counts.indptr.numpy(), counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
-        logits_, library.detach().contiguous().numpy(), theta_, theta_row, pi,
-        np.ones(n_obs, np.float32) if weights is None else weights.numpy(),
-        kind, mean == "softmax", own_row,
-        log_p.numpy(), empty2 if g_logits is None else g_logits.numpy(), g_library.numpy(), g_theta,
-        empty2 if g_pi is None else g_pi.numpy(),
+        indptr, counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
+        int(np.diff(indptr).max(initial=0)),
+        logits_.numpy(), library.detach().contiguous().numpy(), theta_, none if own_row else 1 / theta_,
+        theta_row, none if pi is None else pi.numpy(), upstream, kind, mean == "softmax",
+        log_p.numpy(), none if g_logits is None else g_logits.numpy(), g_library.numpy(), g_theta,
+        none if g_pi is None else g_pi.numpy(),
         parts=parts,
     )  # fmt: skip
     if not with_gradient:
         return log_p, None
     g_theta_ = None
     if theta is not None:
-        g_theta_ = torch.from_numpy(g_theta.sum(0)).reshape(theta.shape)
+        g_theta_ = torch.from_numpy(g_theta.sum(0) if len(g_theta) > 1 else g_theta[0]).reshape(theta.shape)
     return log_p, [g_logits, g_library, g_theta_, g_pi]
 
 
@@ -84,77 +109,62 @@ def _njit(**options: Any) -> Any:
     return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
 
 
-@_njit(fastmath=_FLAGS)
-def _exp_shifted(row, shift, scratch):  # type: ignore[no-untyped-def]
-    for g in range(len(row)):
-        scratch[g] = exp32(row[g] - shift)
+# Functions of one pass over genes `lo` to `hi` of a row. Arrays of a tile begin at 0.
 
 
 @_njit(fastmath=_FLAGS)
-def _sum(values):  # type: ignore[no-untyped-def]
-    # Sums are taken in loops of their own, which write nothing. A loop that also writes asks at run time
-    # whether its arrays are too near each other to be vectorised, and adds in another order if they are:
-    # the same numbers would then give another sum wherever malloc happened to put them.
-    total = 0.0
-    for start in range(0, len(values), _TILE):
-        part = _f(0.0)
-        for g in range(start, min(start + _TILE, len(values))):
-            part += values[g]
-        total += np.float64(part)
-    return total
-
-
-@_njit()
-def _row_max(row, lanes):  # type: ignore[no-untyped-def]
-    # A running maximum is a chain that LLVM will not vectorise; 32 of them side by side it will.
-    lanes[:] = row[0]
-    n = len(row) // 32 * 32
-    for start in range(0, n, 32):
-        for k in range(32):
-            value = row[start + k]
-            lanes[k] = value if value > lanes[k] else lanes[k]
-    top = row[0]
-    for k in range(32):
-        top = max(top, lanes[k])
-    for g in range(n, len(row)):
-        top = max(top, row[g])
+def _largest(row, lo, hi):  # type: ignore[no-untyped-def]
+    vector_code()
+    top = row[lo]
+    for g in range(lo, hi):
+        top = max32(top, row[g])
     return top
+
+
+@_njit(fastmath=_FLAGS)
+def _exp_shifted(row, lo, hi, shift, mu):  # type: ignore[no-untyped-def]
+    vector_code()
+    total = _f(0.0)
+    for g in range(lo, hi):
+        e = exp32(row[g] - shift)
+        mu[g] = e
+        total += e
+    return total
 
 
 @_njit(fastmath=_FLAGS)
 def _pull(u, mu, pull, weight):  # type: ignore[no-untyped-def]
     """From u to the gradient of the logits."""
+    vector_code()
     for g in range(len(u)):
         u[g] = weight * (u[g] - mu[g] * pull)
 
 
-# The functions below take the zero case of every gene of a tile. They leave u = d f / d log mu and dp
-# where the gradients go, and what the correction at a non-zero must take back in scratch: f and dtheta
-# as they were counted, and log1p(mu / theta), which it needs again.
-
-
 @_njit(fastmath=_FLAGS)
-def _zero_poisson(mu, scale, u, f_zero):  # type: ignore[no-untyped-def]
-    for g in range(len(mu)):
+def _mean(lo, hi, mu, scale, u):  # type: ignore[no-untyped-def]
+    """The mean, and u of a zero under Poisson, whose sum is also that of f."""
+    vector_code()
+    total = _f(0.0)
+    for g in range(lo, hi):
         m = mu[g] * scale
         mu[g] = m
         u[g] = -m
-        f_zero[g] = -m
+        total -= m
+    return total
 
 
 @_njit(fastmath=_FLAGS)
-def _zero_nb(mu, scale, theta, weight, u, g_theta, f_zero, d_zero, log1p_ratio):  # type: ignore[no-untyped-def]
-    for g in range(len(mu)):
+def _mean_and_z(lo, hi, mu, scale, theta, inv_theta, z, share, log1p_r):  # type: ignore[no-untyped-def]
+    """The mean, and of NB: z, 1 / (1 + r) and log(1 + r)."""
+    vector_code()
+    for g in range(lo, hi):
+        k = g - lo
         m = mu[g] * scale
-        r = m / theta[g]
-        log1p_r = log1p32(r)
-        share = _f(1.0) / (_f(1.0) + r)
-        z = -theta[g] * log1p_r
-        d = _dtheta_zero(r, share, log1p_r)
-        u[g] = -m * share
+        r = m * inv_theta[g]
         mu[g] = m
-        g_theta[g] += weight * d
-        f_zero[g], d_zero[g], log1p_ratio[g] = z, d, log1p_r
+        share[k] = _f(1.0) / (_f(1.0) + r)
+        log1p_r[k] = log1p_share_32(r, share[k])
+        z[k] = -theta[g] * log1p_r[k]
 
 
 @_njit(fastmath=_INLINE, forceinline=True)
@@ -165,65 +175,95 @@ def _dtheta_zero(r, share, log1p_r):  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_FLAGS)
-def _zero_zip(mu, scale, pi, weight, u, g_pi, f_zero):  # type: ignore[no-untyped-def]
-    n_tiny = _f(0.0)
-    for g in range(len(mu)):
-        m = mu[g] * scale
-        log_ratio, s, dp, tiny = _inflate(-m, pi[g])
-        n_tiny += tiny
-        mu[g] = m
-        u[g] = -s * m
-        g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
-        f_zero[g] = log_ratio
-    return n_tiny
+def _zero_nb(lo, hi, mu, inv_theta, z, share, log1p_r, weight, u, g_theta):  # type: ignore[no-untyped-def]
+    vector_code()
+    total_f, total_u = _f(0.0), _f(0.0)
+    for g in range(lo, hi):
+        k = g - lo
+        u_g = -mu[g] * share[k]
+        u[g] = u_g
+        g_theta[g] += weight * _dtheta_zero(mu[g] * inv_theta[g], share[k], log1p_r[k])
+        total_f += z[k]
+        total_u += u_g
+    return total_f, total_u
+
+
+@_njit(fastmath=_FLAGS)
+def _exponentials(lo, hi, z, pi, p, q, ez, ez_minus_1):  # type: ignore[no-untyped-def]
+    """Of ZIP and ZINB: p (a copy, for its gradient may be written over it), e^-|p|, e^z and e^z - 1."""
+    vector_code()
+    for g in range(lo, hi):
+        k = g - lo
+        p[g] = pi[g]
+        q[k] = exp32(-abs(pi[g]))
+        ez[k], ez_minus_1[k] = exp_expm1_32(z[k])
+
+
+@_njit(fastmath=_INLINE, forceinline=True)
+def _inflate(p, q, z, ez, ez_minus_1):  # type: ignore[no-untyped-def]
+    """Of log(pi + (1 - pi) e^z): what to take the logarithm of, what to add to it, d/dz, d/dp, is it tiny."""
+    positive = p >= _f(0.0)
+    # With e^p = 1/q or q, every term is divided by the larger of 1 and e^p: nothing overflows.
+    kept = q * ez if positive else ez
+    num = (_f(1.0) if positive else q) + kept
+    den = _f(1.0) + q
+    inverse = _f(1.0) / (num * den)
+    minus_1 = (q if positive else _f(1.0)) * ez_minus_1 * (num * inverse)
+    # log(ratio) is precise from ratio - 1 near 1 and from ratio itself near 0.
+    near_1 = minus_1 > _f(-0.5)
+    argument = _f(1.0) + minus_1 if near_1 else num * (num * inverse)
+    lost = minus_1 - (argument - _f(1.0)) if near_1 else _f(0.0)
+    # Where pi and the zero case both vanish exp underflows; those entries are left to float64.
+    tiny = (p < _f(-80.0)) & (z < _f(-80.0))
+    return (
+        _f(1.0) if tiny else argument,
+        _f(0.0) if tiny else lost,
+        _f(0.0) if tiny else kept * (den * inverse),
+        -q * ez_minus_1 * inverse,
+        tiny,
+    )
+
+
+@_njit(fastmath=_FLAGS)
+def _zero_zip(lo, hi, mu, z, p, q, ez, ez_minus_1, weight, u, g_pi, ratio, rest):  # type: ignore[no-untyped-def]
+    vector_code()
+    total_u, n_tiny = _f(0.0), _f(0.0)
+    for g in range(lo, hi):
+        k = g - lo
+        ratio[k], rest[k], s, dp, tiny = _inflate(p[g], q[k], z[k], ez[k], ez_minus_1[k])
+        u_g = -s * mu[g]
+        u[g] = u_g
+        g_pi[g] = _LEFT_OUT if tiny else weight * dp
+        total_u += u_g
+        n_tiny += _f(1.0) if tiny else _f(0.0)
+    return total_u, n_tiny
 
 
 @_njit(fastmath=_FLAGS)
 def _zero_zinb(  # type: ignore[no-untyped-def]
-    mu, scale, theta, pi, weight, u, g_theta, g_pi, f_zero, d_zero, log1p_ratio
+    lo, hi, mu, inv_theta, z, share, log1p_r, p, q, ez, ez_minus_1, weight, u, g_theta, g_pi, ratio, rest
 ):
-    n_tiny = _f(0.0)
-    for g in range(len(mu)):
-        m = mu[g] * scale
-        r = m / theta[g]
-        log1p_r = log1p32(r)
-        share = _f(1.0) / (_f(1.0) + r)
-        log_ratio, s, dp, tiny = _inflate(-theta[g] * log1p_r, pi[g])
-        d = s * _dtheta_zero(r, share, log1p_r)
-        n_tiny += tiny
-        mu[g] = m
-        u[g] = -s * m * share
-        g_theta[g] += weight * d
-        g_pi[g] = _LEFT_OUT if tiny > _f(0.0) else weight * dp
-        f_zero[g], d_zero[g], log1p_ratio[g] = log_ratio, d, log1p_r
-    return n_tiny
+    vector_code()
+    total_u, n_tiny = _f(0.0), _f(0.0)
+    for g in range(lo, hi):
+        k = g - lo
+        ratio[k], rest[k], s, dp, tiny = _inflate(p[g], q[k], z[k], ez[k], ez_minus_1[k])
+        u_g = -s * mu[g] * share[k]
+        u[g] = u_g
+        g_theta[g] += weight * s * _dtheta_zero(mu[g] * inv_theta[g], share[k], log1p_r[k])
+        g_pi[g] = _LEFT_OUT if tiny else weight * dp
+        total_u += u_g
+        n_tiny += _f(1.0) if tiny else _f(0.0)
+    return total_u, n_tiny
 
 
-@_njit(fastmath=_INLINE, forceinline=True)
-def _inflate(z, p):  # type: ignore[no-untyped-def]
-    """log(pi + (1 - pi) e^z), its derivatives by z and by p, and 1 where float32 cannot hold it."""
-    ez, ez_minus_1 = exp_expm1_32(z)
-    positive = p >= _f(0.0)
-    # With e^p = 1/q or q, every term is divided by the larger of 1 and e^p: nothing overflows.
-    q = exp32(-abs(p))
-    kept = q * ez if positive else ez
-    num = (_f(1.0) if positive else q) + kept
-    over_den = _f(1.0) / (_f(1.0) + q)
-    over_num = _f(1.0) / num
-    minus_1 = (q if positive else _f(1.0)) * ez_minus_1 * over_den
-    # log(ratio) is precise from ratio - 1 near 1 and from ratio itself near 0.
-    near_1 = minus_1 > _f(-0.5)
-    argument = _f(1.0) + minus_1 if near_1 else num * over_den
-    lost = minus_1 - (argument - _f(1.0)) if near_1 else _f(0.0)
-    log_ratio = log32(argument) + lost
-    # Where pi and the zero case both vanish exp underflows; those entries are left to float64.
-    tiny = (p < _f(-80.0)) & (z < _f(-80.0))
-    return (
-        _f(0.0) if tiny else log_ratio,
-        _f(0.0) if tiny else kept * over_num,
-        -q * ez_minus_1 * over_num * over_den,
-        _f(1.0) if tiny else _f(0.0),
-    )
+@_njit(fastmath=_FLAGS)
+def _sum_of_logs(n, ratio, rest):  # type: ignore[no-untyped-def]
+    vector_code()
+    total = _f(0.0)
+    for k in range(n):
+        total += log32(ratio[k]) + rest[k]
+    return total
 
 
 @_njit()
@@ -243,112 +283,189 @@ def _zero_in_float64(mu, theta, p, has_theta):  # type: ignore[no-untyped-def]
 
 
 @_njit()
-def _nb_at_count(x, log_mu, mu, theta, log1p_r):  # type: ignore[no-untyped-def]
-    """``(f, dtheta)`` of a count x > 0 under NB, without the terms in log x! and in z.
+def _zero_case(  # type: ignore[no-untyped-def]
+    kind, lo, hi, scale, mu, theta, inv_theta, pi, p, weight, u, g_theta, g_pi, scratch
+):
+    """Every entry as if it were zero: scales mu, writes u, dp and p, adds to dtheta, returns sums of f and u."""
+    if kind == _POISSON:
+        total = np.float64(_mean(lo, hi, mu, scale, u))
+        return total, total
+    z, share, log1p_r = scratch[0], scratch[1], scratch[2]
+    if kind == _ZIP:
+        _mean(lo, hi, mu, scale, u)
+        z[: hi - lo] = u[lo:hi]
+    else:
+        _mean_and_z(lo, hi, mu, scale, theta, inv_theta, z, share, log1p_r)
+    if kind == _NB:
+        sums = _zero_nb(lo, hi, mu, inv_theta, z, share, log1p_r, weight, u, g_theta)
+        return np.float64(sums[0]), np.float64(sums[1])
+    q, ez, ez_minus_1, ratio, rest = scratch[3], scratch[4], scratch[5], scratch[6], scratch[7]
+    _exponentials(lo, hi, z, pi, p, q, ez, ez_minus_1)
+    if kind == _ZIP:
+        sum_u, n_tiny = _zero_zip(lo, hi, mu, z, p, q, ez, ez_minus_1, weight, u, g_pi, ratio, rest)
+    else:
+        sum_u, n_tiny = _zero_zinb(
+            lo, hi, mu, inv_theta, z, share, log1p_r, p, q, ez, ez_minus_1, weight,
+            u, g_theta, g_pi, ratio, rest,
+        )  # fmt: skip
+    f, total_u = np.float64(_sum_of_logs(hi - lo, ratio, rest)), np.float64(sum_u)
+    if n_tiny > 0:
+        for g in range(lo, hi):
+            if g_pi[g] == _LEFT_OUT:
+                theta_g = np.float64(theta[g]) if kind == _ZINB else 1.0
+                e = _zero_in_float64(np.float64(mu[g]), theta_g, np.float64(p[g]), kind == _ZINB)
+                u[g], g_pi[g] = e[1], weight * _f(e[3])
+                if kind == _ZINB:
+                    g_theta[g] += weight * _f(e[2])
+                f, total_u = f + e[0], total_u + e[1]
+    return f, total_u
 
-    ``f = sum over k < x of log((theta + k) / (theta + mu)) + x log mu``.
-    """
-    over = 1.0 / (theta + mu)
-    if x <= 12.0 and x == math.floor(x) and theta < 1e20:
-        # Counts are small, nearly all of them: a product and one logarithm, which for large theta
-        # does not cancel as a difference of lgammas does. (slope / rise) is its derivative's logarithm.
-        product, rise, slope, t = 1.0, 1.0, 0.0, theta
-        for _ in range(int(x)):
-            product *= t * over
-            slope = slope * t + rise
-            rise *= t
-            t += 1.0
-        if product > 0.0:
-            return math.log(product) + x * log_mu, slope / rise - x * over
-    rise, slope = rising_factorial(theta, x)
-    return rise + x * (log_mu - math.log(theta) - log1p_r), slope - x * over
+
+@_njit(fastmath=_FLAGS)
+def _at_counts(n, x, log_scale, a, mu, u):  # type: ignore[no-untyped-def]
+    """Poisson at n counts: writes u, returns the sums of f (without log x!) and u."""
+    vector_code()
+    total_f, total_u = 0.0, 0.0
+    for k in range(n):
+        x_k = np.float64(x[k])
+        total_f += x_k * (np.float64(a[k]) + log_scale) - np.float64(mu[k])
+        u_k = x_k - np.float64(mu[k])
+        u[k] = _f(u_k)
+        total_u += u_k
+    return total_f, total_u
+
+
+@_njit(fastmath=_FLAGS)
+def _nb_at_counts(n, x, log_scale, a, mu, theta, inv_theta, u, g_theta):  # type: ignore[no-untyped-def]
+    """The same for NB; turns g_theta, which holds the zero case's, into what it must be changed by."""
+    vector_code()
+    total_f, total_u = 0.0, 0.0
+    for k in range(n):
+        x_k, m, t = np.float64(x[k]), np.float64(mu[k]), np.float64(theta[k])
+        rise, log_over, slope = nb_at_count(x_k, t, m)
+        r = mu[k] * inv_theta[k]
+        share = _f(1.0) / (_f(1.0) + r)
+        log1p_r = log1p_share_32(r, share)
+        total_f += rise + x_k * (log_over + np.float64(a[k]) + log_scale) - t * np.float64(log1p_r)
+        g_theta[k] = _f(slope) + _dtheta_zero(r, share, log1p_r) - g_theta[k]
+        u_k = (x_k - m) * np.float64(share)
+        u[k] = _f(u_k)
+        total_u += u_k
+    return total_f, total_u
+
+
+@_njit(fastmath=_FLAGS)
+def _not_inflated(n, p, weight, g_pi):  # type: ignore[no-untyped-def]
+    """Log(1 - pi) at n counts: writes dp, returns the sum."""
+    vector_code()
+    total = _f(0.0)
+    for k in range(n):
+        q = exp32(-abs(p[k]))
+        total -= max(p[k], _f(0.0)) + log1p32(q)
+        g_pi[k] = -weight * (_f(1.0) if p[k] >= _f(0.0) else q) / (_f(1.0) + q)
+    return total
+
+
+@_njit()
+def _correct(  # type: ignore[no-untyped-def]
+    kind, n, gene, x, a, log_scale, mu, theta, inv_theta, p, weight, u, g_theta, g_pi, entry, scratch
+):
+    """At n non-zeros: take back what the zero case added and put in what is right; change of f and u."""
+    has_theta, inflated = kind >= _NB, kind == _ZIP or kind == _ZINB
+    m, th, inv, u_n, dth, dp, pi, p_n = (
+        entry[0], entry[1], entry[2], entry[3], entry[4], entry[5], entry[6], entry[7]
+    )  # fmt: skip
+    for k in range(n):
+        m[k] = mu[gene[k]]
+        if has_theta:
+            th[k], inv[k] = theta[gene[k]], inv_theta[gene[k]]
+        if inflated:
+            pi[k] = p[gene[k]]
+    dth[:n] = 0
+    f_zero, u_zero = _zero_case(
+        kind, np.uintp(0), np.uintp(n), _f(1.0), m, th, inv, pi, p_n, _f(1.0), u_n, dth, dp, scratch
+    )
+    if has_theta:
+        f, total_u = _nb_at_counts(n, x, log_scale, a, m, th, inv, u_n, dth)
+    else:
+        f, total_u = _at_counts(n, x, log_scale, a, m, u_n)
+    if inflated:
+        f += np.float64(_not_inflated(n, p_n, weight, dp))
+    for k in range(n):
+        g = gene[k]
+        u[g] = u_n[k]
+        if has_theta:
+            g_theta[g] += weight * dth[k]
+        if inflated:
+            g_pi[g] = dp[k]
+    return f - f_zero, total_u - u_zero
 
 
 @_njit()
 def _rows(  # type: ignore[no-untyped-def]
     part, first, last,
-    indptr, indices, data, logits, library, theta, theta_row, pi, weights,
-    kind, softmax, own_row,
+    indptr, indices, data, most, logits, library, theta, inv_theta, theta_row, pi, weights,
+    kind, softmax,
     log_p, g_logits, g_library, g_theta, g_pi,
 ):  # fmt: skip
     n_vars = logits.shape[1]
     with_gradient = g_logits.shape[1] == n_vars and n_vars > 0
-    inflated = kind == _ZIP or kind == _ZINB
-    has_theta = kind == _NB or kind == _ZINB
+    inflated, has_theta = kind == _ZIP or kind == _ZINB, kind >= _NB
+    own_row = has_theta and inv_theta.shape[0] == 0
     slot = 0 if own_row else part
-    lanes = np.empty(32, np.float32)
-    scratch = np.empty((6, n_vars), np.float32)
-    mu, f_zero, d_zero, log1p_ratio, spare, none = (
-        scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
-    )  # fmt: skip
+    n_tiles = (n_vars + _TILE - 1) // _TILE
+    rows = np.empty((6, n_vars), np.float32)
+    mu, p, spare_u, spare_pi, spare_inv, none = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    scratch, entry = np.empty((8, _TILE), np.float32), np.empty((8, _TILE), np.float32)
+    shifts, sums = np.empty(n_tiles, np.float32), np.empty(n_tiles, np.float64)
+    # The logits at the non-zeros are kept, since their gradient may be written over them.
+    gene, x, a = np.empty(most, np.int64), np.empty(most, np.float32), np.empty(most, np.float32)
     for b in range(first, last):
         weight = weights[b]
-        u = g_logits[b] if with_gradient else spare
-        dp = g_pi[b] if with_gradient and inflated else none
+        row = logits[b]
+        u = g_logits[b] if with_gradient else spare_u
+        dp = g_pi[b] if with_gradient and inflated else spare_pi
         p_row = pi[b] if inflated else none
         th = theta[theta_row[b]] if has_theta else none
         dth = g_theta[slot, theta_row[b]] if has_theta else none
+        if own_row:
+            spare_inv[:] = _f(1.0) / th
+            dth[:] = 0
+        inv = spare_inv if own_row or not has_theta else inv_theta[theta_row[b]]
 
-        shift = _row_max(logits[b], lanes) if softmax else _f(0.0)
-        _exp_shifted(logits[b], shift, mu)
-        total = _sum(mu) if softmax else 1.0
-        scale = _f(library[b] / total)
-        log_scale = math.log(np.float64(library[b])) - np.float64(shift) - math.log(total)
+        for i in range(n_tiles):
+            lo, hi = np.uintp(i * _TILE), np.uintp(min(n_vars, (i + 1) * _TILE))
+            shifts[i] = _largest(row, lo, hi) if softmax else _f(0.0)
+            sums[i] = _exp_shifted(row, lo, hi, shifts[i], mu)
+        shift, total = 0.0, 1.0
+        if softmax and n_tiles:
+            shift, total = np.float64(shifts.max()), 0.0
+            for i in range(n_tiles):
+                total += sums[i] * math.exp(np.float64(shifts[i]) - shift)
+        log_scale = math.log(np.float64(library[b])) - shift - math.log(total)
 
-        for start in range(0, n_vars, _TILE):
-            t = slice(start, min(start + _TILE, n_vars))
-            if kind == _POISSON:
-                _zero_poisson(mu[t], scale, u[t], f_zero[t])
-            elif kind == _NB:
-                _zero_nb(mu[t], scale, th[t], weight, u[t], dth[t], f_zero[t], d_zero[t], log1p_ratio[t])
-            else:
-                if kind == _ZIP:
-                    n_tiny = _zero_zip(mu[t], scale, p_row[t], weight, u[t], dp[t], f_zero[t])
-                else:
-                    n_tiny = _zero_zinb(
-                        mu[t], scale, th[t], p_row[t], weight, u[t], dth[t], dp[t],
-                        f_zero[t], d_zero[t], log1p_ratio[t],
-                    )  # fmt: skip
-                if n_tiny > 0:
-                    for g in range(t.start, t.stop):
-                        if dp[g] == _LEFT_OUT:
-                            theta_g = np.float64(th[g]) if has_theta else 1.0
-                            e = _zero_in_float64(np.float64(mu[g]), theta_g, np.float64(p_row[g]), has_theta)
-                            f_zero[g], u[g], dp[g] = e[0], e[1], weight * _f(e[3])
-                            if has_theta:
-                                d_zero[g] = e[2]
-                                dth[g] += weight * d_zero[g]
-        f, total_u = _sum(f_zero), _sum(u)
-
+        f, total_u, n = 0.0, 0.0, 0
         for k in range(indptr[b], indptr[b + 1]):
-            x = np.float64(data[k])
-            if x == 0.0:
-                continue
-            g = indices[k]
-            m = np.float64(mu[g])
-            log_mu = np.float64(logits[b, g]) + log_scale
-            tabled = x < _TABLE and x == math.floor(x)
-            log_factorial = _LOG_FACTORIAL[int(x)] if tabled else lgamma_digamma(x + 1.0)[0]
-            f -= np.float64(f_zero[g]) + log_factorial
-            total_u -= np.float64(u[g])
-            if has_theta:
-                theta_g = np.float64(th[g])
-                log1p_r = np.float64(log1p_ratio[g])
-                part, slope = _nb_at_count(x, log_mu, m, theta_g, log1p_r)
-                f += part - theta_g * log1p_r
-                r = _f(m / theta_g)
-                share = _f(1.0) / (_f(1.0) + r)
-                u[g] = (x - m) * share
-                dth[g] += weight * (_f(slope) + _dtheta_zero(r, share, log1p_ratio[g]) - d_zero[g])
-            else:
-                f += x * log_mu - m
-                u[g] = x - m
-            total_u += np.float64(u[g])
-            if inflated:
-                p = p_row[g]
-                q = exp32(-abs(p))
-                f -= np.float64(max(p, _f(0.0)) + log1p32(q))
-                dp[g] = -weight * (_f(1.0) if p >= _f(0.0) else q) / (_f(1.0) + q)
+            if data[k] != _f(0.0):
+                g = indices[k]
+                gene[n], x[n], a[n] = g, data[k], row[g]
+                f -= log_factorial(np.float64(data[k]))
+                n += 1
+
+        for i in range(n_tiles):
+            lo, hi = np.uintp(i * _TILE), np.uintp(min(n_vars, (i + 1) * _TILE))
+            scale = _f(np.float64(library[b]) / total * math.exp(np.float64(shifts[i]) - shift))
+            f_tile, u_tile = _zero_case(
+                kind, lo, hi, scale, mu, th, inv, p_row, p, weight, u, dth, dp, scratch
+            )
+            f, total_u = f + f_tile, total_u + u_tile
+        for k in range(0, n, _TILE):
+            t = slice(k, min(n, k + _TILE))
+            f_change, u_change = _correct(
+                kind, t.stop - k, gene[t], x[t], a[t], log_scale, mu, th, inv, p, weight,
+                u, dth, dp, entry, scratch,
+            )  # fmt: skip
+            f, total_u = f + f_change, total_u + u_change
 
         log_p[b] = f
         g_library[b] = weight * _f(total_u / np.float64(library[b]))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from atlasvi_kernels import CSR, count_log_likelihood
+from atlasvi_kernels import CSR, count_log_likelihood, count_log_likelihood_entries
 from atlasvi_kernels.count_ll.op import LIKELIHOODS, MEANS
 
 NAMES = ("logits", "library", "theta", "pi_logits")
@@ -252,32 +252,136 @@ def test_a_backend_asked_for_never_falls_back():
 
 
 @pytest.mark.parametrize("n", [15, 60, 1024])
-def test_a_row_is_computed_alike_wherever_its_memory_lies(n):
+@pytest.mark.parametrize("kind", range(4))
+def test_a_row_is_computed_alike_wherever_its_memory_lies(n, kind):
     """A compiled loop that finds its arrays near each other may take another path, and add in another
     order: the same seed would then not give the same weights."""
     from atlasvi_kernels.count_ll import cpu
 
     rng = np.random.default_rng(0)
     inputs = {"mu": rng.gamma(1, 1, n), "theta": rng.gamma(1, 1, n), "pi": rng.normal(0, 3, n), "g_theta": 0}
-    names = ("mu", "theta", "pi", "u", "g_theta", "g_pi", "f_zero", "d_zero", "log1p_ratio")
+    inputs |= {"inv_theta": rng.gamma(1, 1, n), "x": rng.integers(1, 9, n), "a": rng.normal(0, 1, n)}
+    names = (*inputs, "p", "u", "g_pi")
+    scratch = np.full((8, n), np.float32(3))
 
     def run(order, gap):
         buffer = np.full(len(names) * (n + gap), np.float32(3), np.float32)
         at = {name: buffer[i * (n + gap) : i * (n + gap) + n] for i, name in enumerate(order)}
         for name, values in inputs.items():
             at[name][:] = values
-        one = np.float32(1)
-        likes = [at[name] for name in ("f_zero", "d_zero", "log1p_ratio")]
-        cpu._zero_zinb(at["mu"], one, at["theta"], at["pi"], one, at["u"], at["g_theta"], at["g_pi"], *likes)
-        seen = [cpu._sum(at["f_zero"]), cpu._sum(at["u"]), *(at[name].copy() for name in names)]
-        cpu._zero_nb(at["mu"], one, at["theta"], one, at["u"], at["g_theta"], *likes)
-        seen += [cpu._sum(at["f_zero"]), cpu._sum(at["u"]), *(at[name].copy() for name in names)]
-        cpu._exp_shifted(at["pi"], one, at["mu"])
+        of = [at[name] for name in ("mu", "theta", "inv_theta", "pi", "p")]
+        to = [at[name] for name in ("u", "g_theta", "g_pi")]
+        span, one = (np.uintp(0), np.uintp(n)), np.float32(1)
+        seen = [cpu._zero_case(kind, *span, one, *of, one, *to, scratch)]
+        seen += [cpu._largest(at["a"], *span), cpu._exp_shifted(at["a"], *span, one, at["mu"])]
+        counts = [n, at["x"], 0.5, at["a"], at["mu"]]
+        if kind >= 2:
+            seen.append(cpu._nb_at_counts(*counts, at["theta"], at["inv_theta"], at["u"], at["g_theta"]))
+        else:
+            seen.append(cpu._at_counts(*counts, at["u"]))
+        seen.append(cpu._not_inflated(n, at["pi"], one, at["g_pi"]))
         cpu._pull(at["u"], at["mu"], np.float32(0.3), np.float32(0.5))
-        return [*seen, cpu._sum(at["mu"]), *(at[name].copy() for name in names)]
+        return [*seen, *(at[name].copy() for name in names)]
 
     expected = run(names, 4096)
     for _ in range(100):
         got = run(rng.permutation(names), int(rng.choice([0, 1, 4, 16])))
         for one, other in zip(got, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("upstream", [1.0, -0.25])
+def test_inplace_gives_the_same_gradients_in_the_logits_own_memory(likelihood, upstream):
+    x, t, _ = make(4, 300, likelihood=likelihood)
+    expected, expected_grad = run(
+        x,
+        t,
+        None,
+        dtype=torch.float32,
+        backend="numba",
+        likelihood=likelihood,
+        upstream=torch.full((4,), -0.5),
+    )
+    leaves = {k: None if v is None else v.float().requires_grad_() for k, v in t.items()}
+    # As a layer makes them: not leaves.
+    heads = {k: None if leaves[k] is None else leaves[k] * 1 for k in ("logits", "pi_logits")}
+    log_p = count_log_likelihood(
+        CSR.from_torch(x), heads["logits"], leaves["library"], leaves["theta"], pi_logits=heads["pi_logits"],
+        likelihood=likelihood, inplace=True, upstream=upstream,
+    )  # fmt: skip
+    torch.testing.assert_close(log_p.detach().double(), expected, rtol=0, atol=0)
+    # It is d log_p / d logits times what backward is expected to bring.
+    made = expected_grad["logits"] / -0.5 * upstream
+    torch.testing.assert_close(heads["logits"].detach().double(), made, rtol=1e-6, atol=1e-9)
+    (log_p * -0.5).sum().backward()
+    for name in expected_grad:
+        torch.testing.assert_close(leaves[name].grad.double(), expected_grad[name], rtol=1e-6, atol=1e-9)
+
+
+def test_inplace_says_what_it_cannot_do():
+    x, t, _ = make(3, 20, likelihood="nb")
+    leaf = t["logits"].float().requires_grad_()
+    given = {"likelihood": "nb", "inplace": True}
+    rest = (t["library"].float(), t["theta"].float())
+    log_p = count_log_likelihood(CSR.from_torch(x), leaf * 1, *rest, **given)
+    with pytest.raises(RuntimeError, match="same upstream gradient for every cell"):
+        (log_p * torch.arange(3.0)).sum().backward()
+    log_p = count_log_likelihood(CSR.from_torch(x), leaf * 1, *rest, **given)
+    log_p.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="this is the second"):
+        log_p.sum().backward()
+    head = leaf * 1
+    other = head.sigmoid().sum() + (head**2).sum()  # which needs what head was
+    count_log_likelihood(CSR.from_torch(x), head, *rest, **given)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+    with torch.no_grad():
+        head = leaf * 1
+        count_log_likelihood(CSR.from_torch(x), head, *rest, **given)
+    torch.testing.assert_close(head, leaf, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="contiguous logits"):
+        count_log_likelihood(CSR.from_torch(x), torch.stack([leaf, leaf], 2)[..., 0], *rest, **given)
+
+
+@pytest.mark.parametrize("upstream", [1.0, -1 / 3, 7.0])
+def test_the_upstream_expected_changes_nothing_but_time(upstream):
+    x, t, _ = make(3, 40, likelihood="zinb")
+    for comes in (torch.full((3,), -1 / 3), torch.tensor([1.0, 2.0, -3.0]), torch.zeros(3)):
+        grads = []
+        for expected in (1.0, upstream):
+            leaves = {k: v.float().requires_grad_() for k, v in t.items()}
+            log_p = count_log_likelihood(
+                CSR.from_torch(x), leaves["logits"], leaves["library"], leaves["theta"],
+                pi_logits=leaves["pi_logits"], upstream=expected,
+            )  # fmt: skip
+            grads.append(torch.autograd.grad(log_p, list(leaves.values()), comes))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-9)
+
+
+def test_entries_are_scipys_and_sum_to_the_whole():
+    x, t, index = make(5, 30, likelihood="zinb", dispersion="gene-batch")
+    whole, _ = run(x, t, index, dtype=torch.float64, backend="reference", likelihood="zinb")
+    mu = t["library"][:, None] * torch.softmax(t["logits"], 1)
+    theta, pi = t["theta"][index], torch.sigmoid(t["pi_logits"]).numpy()
+    zero = scipy.stats.nbinom.pmf(0, theta.numpy(), (theta / (theta + mu)).numpy())
+    chunks = list(
+        count_log_likelihood_entries(
+            CSR.from_torch(x),
+            t["logits"],
+            t["library"],
+            t["theta"],
+            pi_logits=t["pi_logits"],
+            theta_index=index,
+            rows=2,
+        )  # fmt: skip
+    )
+    assert [(c.rows.start, c.rows.stop) for c in chunks] == [(0, 2), (2, 4), (4, 5)]
+    torch.testing.assert_close(torch.cat([c.log_prob for c in chunks]).sum(1), whole)
+    dropout = torch.cat([c.dropout for c in chunks]).numpy()
+    expected = np.where(x.numpy() == 0, pi / (pi + (1 - pi) * zero), 0)
+    np.testing.assert_allclose(dropout, expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        next(count_log_likelihood_entries(CSR.from_torch(x), t["logits"], t["library"], t["theta"],
+                                          pi_logits=t["pi_logits"], theta_index=index, rows=0))  # fmt: skip
