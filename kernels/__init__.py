@@ -15,6 +15,7 @@ if __name__ != "atlasvi_kernels":
 from .count_ll import Entries, count_log_likelihood, count_log_likelihood_entries
 from .csr import CSR
 from .csr_linear import csr_linear
+from .linear_count_ll import linear_count_log_likelihood
 from .noise import counter_normal, counter_uniform
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "counter_normal",
     "counter_uniform",
     "csr_linear",
+    "linear_count_log_likelihood",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from functools import cache, lru_cache
 
 import torch
 
 logger = logging.getLogger("atlasvi_kernels")
 BACKENDS = ("auto", "numba", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # nothing is imported to find out
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
+_said: set[tuple[str, str, str]] = set()
 
 
 def choose_backend(op: str, backend: str, *tensors: torch.Tensor) -> str:
@@ -28,18 +29,15 @@ def choose_backend(op: str, backend: str, *tensors: torch.Tensor) -> str:
     devices = sorted({t.device.type for t in tensors})
     dtypes = sorted({t.dtype for t in tensors if t.is_floating_point()}, key=str)
     shown = f"{', '.join(map(str, dtypes))} on {', '.join(devices)}"
+    on_gpu, narrow = devices == ["cuda"], all(t in _ON_GPU for t in dtypes)
     fits_numba = devices == ["cpu"] and dtypes == [torch.float32]
-    fits_triton = (devices == ["cuda"] or (devices == ["cpu"] and interpreting())) and all(
-        t in _ON_GPU for t in dtypes
-    )
     if backend == "auto":
         if fits_numba:
             return _say(op, "numba", f"tensors are {shown}")
-        if fits_triton and devices == ["cuda"]:
-            if has_triton():
-                return _say(op, "triton", f"tensors are {shown}")
-            return _say(op, "reference", f"tensors are {shown} and triton is not installed")
-        return _say(op, "reference", f"tensors are {shown}")
+        if on_gpu and narrow and HAS_TRITON:
+            return _say(op, "triton", f"tensors are {shown}")
+        missing = " and triton is not installed" if on_gpu and not HAS_TRITON else ""
+        return _say(op, "reference", f"tensors are {shown}{missing}")
     if backend == "reference":
         return backend
     if backend == "numba":
@@ -47,8 +45,8 @@ def choose_backend(op: str, backend: str, *tensors: torch.Tensor) -> str:
             return backend
         takes = "float32 on the CPU"
     elif backend == "triton":
-        if fits_triton:
-            if not has_triton():
+        if narrow and (on_gpu or (devices == ["cpu"] and interpreting())):
+            if not HAS_TRITON:
                 raise ImportError(f"{op}: backend 'triton' needs triton: pip install 'atlasvi[gpu]'")
             return backend
         takes = "float32, bfloat16 or float16 on a GPU"
@@ -64,14 +62,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton can be imported; nothing is imported to find out."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
 def _say(op: str, chosen: str, reason: str) -> str:
-    # Cached: each choice is logged once.
-    logger.info("%s: backend %s, since %s", op, chosen, reason)
+    # torch.compile traces calls; a log and a set of what was said are for those that run.
+    if not torch.compiler.is_compiling() and (op, chosen, reason) not in _said:
+        _said.add((op, chosen, reason))
+        logger.info("%s: backend %s, since %s", op, chosen, reason)
     return chosen

@@ -30,8 +30,8 @@ _POISSON, _ZIP, _NB, _ZINB = range(4)
 _KIND = {"poisson": _POISSON, "zip": _ZIP, "nb": _NB, "zinb": _ZINB}
 _FLAGS = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 _INLINE = {"contract", "nsz"}  # no reassociation in functions that live on a rounding error
-# Genes at a time: what the steps of the zero case hand each other stays in the nearest caches. Sums are float32
-# within a tile and float64 across.
+# Genes at a time: what the steps of the zero case hand each other stays in the nearest caches. Sums are
+# float32 within a tile and float64 across.
 _TILE = 2048
 _f = np.float32
 _LEFT_OUT = _f(2e30)  # marks an entry; no gradient of pi is this large
@@ -54,10 +54,10 @@ def run(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
     """Log-likelihood and ``[d logits, d library, d theta, d pi_logits]``.
 
-    Cell b's gradient is multiplied by ``scale`` and, where given, by ``weights[b]``. With ``inplace`` those of
-    logits and pi_logits are written into these tensors' own memory.
+    Cell b's gradient is multiplied by ``scale`` and, where given, by ``weights[b]``. With ``inplace``
+    those of logits and pi_logits are written into these tensors' own memory.
     """
-    n_obs, n_vars = counts.shape
+    n_obs = counts.n_obs
     kind = _KIND[likelihood]
     none = np.empty((0, 0), np.float32)
 
@@ -286,7 +286,7 @@ def _zero_in_float64(mu, theta, p, has_theta):  # type: ignore[no-untyped-def]
 def _zero_case(  # type: ignore[no-untyped-def]
     kind, lo, hi, scale, mu, theta, inv_theta, pi, p, weight, u, g_theta, g_pi, scratch
 ):
-    """Every entry as if it were zero: scales mu, writes u, dp and p, adds to dtheta, returns sums of f and u."""
+    """Every entry as if zero: scales mu, writes u, dp and p, adds to dtheta, returns sums of f and u."""
     if kind == _POISSON:
         total = np.float64(_mean(lo, hi, mu, scale, u))
         return total, total

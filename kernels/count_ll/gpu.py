@@ -67,8 +67,8 @@ def run(
     Args:
         counts: (B x G) `CSR`.
         logits: ``(B, G)`` float32, bfloat16 or float16; all computing is in float32.
-        library: ``(B,)`` float32.
-        theta: ``(G,)``, ``(B, G)``, or ``(T, G)`` with ``theta_index``; float32. None without dispersion.
+        library: ``(B,)`` float.
+        theta: ``(G,)``, ``(B, G)``, or ``(T, G)`` with ``theta_index``; float. None without dispersion.
         pi_logits: ``(B, G)`` of a type that logits may have. None without dropout.
         theta_index: ``(B,)`` int64.
         likelihood: not read: theta and pi_logits, given or None, say which it is.
@@ -79,30 +79,31 @@ def run(
         inplace: write the gradients of logits and pi_logits over logits and pi_logits.
     """
     n_obs, n_vars = counts.shape
-    logits, library = logits.detach(), library.detach().contiguous()
-    pi_logits = None if pi_logits is None else pi_logits.detach()
-    log_p = torch.zeros_like(library)
-    rows_each = triton.cdiv(max(n_obs, 1), _most_programs(logits.device))
-    n_programs = triton.cdiv(n_obs, rows_each)
-    dispersion = _Dispersion(theta, theta_index, n_programs, rows_each)
+    device = logits.device
+    logits, pi_logits = logits.detach(), None if pi_logits is None else pi_logits.detach()
     # Rows must be whole. A strided tensor's gradient is made beside it and copied to where it belongs.
     logits_, pi_ = logits.contiguous(), None if pi_logits is None else pi_logits.contiguous()
+    library_ = library.detach().float().contiguous()
+    rows_each = triton.cdiv(max(n_obs, 1), _most_programs(device))
+    n_programs = triton.cdiv(n_obs, rows_each)
+    dispersion = _Dispersion(theta, theta_index, n_programs, rows_each)
+    log_p = torch.zeros_like(library_)
     g_logits = g_library = g_theta = g_pi = u = at_nnz = None
     if with_gradient:
         g_logits = logits_ if inplace else torch.empty_like(logits_)
         g_pi = pi_ if inplace or pi_ is None else torch.empty_like(pi_)
-        g_library = torch.zeros_like(library)
+        g_library = torch.zeros_like(library_)
         g_theta = dispersion.sums()
-        u = library.new_empty(n_programs, n_vars) if mean == "softmax" else None
-        at_nnz = library.new_empty(3, counts.nnz)
+        u = torch.empty(n_programs, n_vars, device=device) if mean == "softmax" else None
+        at_nnz = torch.empty(3, counts.nnz, device=device)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         if n_obs and n_vars:
             _rows[(n_programs,)](
                 counts.indptr, counts.indices, counts.data,
-                logits_, library, dispersion.theta, dispersion.index, dispersion.order, pi_,
+                logits_, library_, dispersion.theta, dispersion.index, dispersion.order, pi_,
                 None if weights is None else weights.contiguous(),
                 log_p, g_logits, g_library, g_theta, g_pi,
-                u, at_nnz, torch.zeros(n_programs, n_vars, dtype=torch.uint8, device=logits.device),
+                u, at_nnz, torch.zeros(n_programs, n_vars, dtype=torch.uint8, device=device),
                 n_obs, n_vars, counts.nnz, rows_each, float(scale),
                 THETA=dispersion.kind, INFLATED=pi_ is not None, SOFTMAX=mean == "softmax",
                 GRADIENT=with_gradient, WEIGHTED=weights is not None,
@@ -111,11 +112,12 @@ def run(
         if not with_gradient:
             return log_p, None
         g_theta = dispersion.add(g_theta)
+    assert g_library is not None
     return log_p, [
         _placed(g_logits, logits, inplace),
-        g_library,
-        g_theta,
-        None if pi_logits is None else _placed(g_pi, pi_logits, inplace),
+        g_library.to(library.dtype),
+        g_theta if theta is None or g_theta is None else g_theta.to(theta.dtype),
+        _placed(g_pi, pi_logits, inplace),
     ]
 
 
@@ -131,7 +133,7 @@ class _Dispersion:
         self, theta: torch.Tensor | None, index: torch.Tensor | None, n_programs: int, rows_each: int
     ) -> None:
         self.n_programs, self.rows_each = n_programs, rows_each
-        self.theta = None if theta is None else theta.detach().contiguous()
+        self.theta = None if theta is None else theta.detach().float().contiguous()
         self.index = self.order = self.starts = None
         self.kind = "none" if theta is None else "gene" if theta.dim() == 1 else "cell"
         if theta is not None and index is not None:
@@ -144,7 +146,7 @@ class _Dispersion:
         if self.theta is None or self.kind == "cell":
             return None if self.theta is None else torch.empty_like(self.theta)
         n_rows = 1 if self.kind == "gene" else len(self.theta)
-        return self.theta.new_empty(self.n_programs + n_rows - 1, self.theta.shape[-1])
+        return torch.empty(self.n_programs + n_rows - 1, self.theta.shape[-1], device=self.theta.device)
 
     def add(self, sums: torch.Tensor | None) -> torch.Tensor | None:
         """The gradient, of theta's shape."""
@@ -167,8 +169,8 @@ def _most_programs(device: torch.device) -> int:
     return _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _placed(made: torch.Tensor | None, given: torch.Tensor, inplace: bool) -> torch.Tensor | None:
-    if not inplace or made is None or made.data_ptr() == given.data_ptr():
+def _placed(made: torch.Tensor | None, given: torch.Tensor | None, inplace: bool) -> torch.Tensor | None:
+    if not inplace or made is None or given is None or made.data_ptr() == given.data_ptr():
         return made
     return given.copy_(made)
 

@@ -40,8 +40,8 @@ def count_log_likelihood(
 
     ``"nb"`` and ``"poisson"`` have no pi, ``"zip"`` and ``"poisson"`` no theta.
 
-    The gradient is made in the forward pass. It works under `torch.compile` and `torch.autocast` (half-precision
-    logits are widened), and can be differentiated once.
+    The gradient is made in the forward pass. It works under `torch.compile` and `torch.autocast`
+    (half-precision logits are widened), and can be differentiated once.
 
     Args:
         counts: (B x G) `CSR`.
@@ -135,12 +135,12 @@ def _count_ll(
 
 @torch.library.custom_op("atlasvi_kernels::count_ll_backward", mutates_args=())
 def _count_ll_backward(
-    weights: Tensor, gradients: Sequence[Tensor], indptr: Tensor, indices: Tensor, data: Tensor, logits: Tensor,
-    library: Tensor, theta: Tensor | None, pi_logits: Tensor | None, theta_index: Tensor | None,
-    likelihood: str, mean: str, backend: str, upstream: float,
+    weights: Tensor, gradients: Sequence[Tensor], indptr: Tensor, indices: Tensor, data: Tensor,
+    logits: Tensor, library: Tensor, theta: Tensor | None, pi_logits: Tensor | None,
+    theta_index: Tensor | None, likelihood: str, mean: str, backend: str, upstream: float,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients for what backward comes with, ``weights``, from those made for ``upstream``."""
-    if _is_uniform(weights) and upstream != 0:
+    if is_uniform(weights) and upstream != 0:
         factor = weights[0].item() / upstream if len(weights) else 1.0
         return [g * factor for g in gradients]
     # theta's gradient is a sum over cells, which no factor can mend: again, with the weights.
@@ -152,7 +152,8 @@ def _count_ll_backward(
     return [weights.new_empty(0) if g is None else g for g in again]
 
 
-def _is_uniform(weights: Tensor) -> bool:
+def is_uniform(weights: Tensor) -> bool:
+    """Whether all are the same."""
     return len(weights) == 0 or bool((weights == weights[0]).all())
 
 
@@ -232,7 +233,7 @@ class _InPlace(torch.autograd.Function):
         (weights,) = upstreams
         if ctx.gradients is None:
             raise RuntimeError("inplace=True keeps gradients for one backward pass; this is the second")
-        if not _is_uniform(weights) or (ctx.upstream == 0 and len(weights)):
+        if not is_uniform(weights) or (ctx.upstream == 0 and len(weights)):
             raise RuntimeError(
                 "inplace=True needs the same upstream gradient for every cell, as of a sum or mean; "
                 "it differs: leave inplace out"

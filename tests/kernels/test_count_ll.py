@@ -375,7 +375,7 @@ def test_entries_are_scipys_and_sum_to_the_whole():
             pi_logits=t["pi_logits"],
             theta_index=index,
             rows=2,
-        )  # fmt: skip
+        )
     )
     assert [(c.rows.start, c.rows.stop) for c in chunks] == [(0, 2), (2, 4), (4, 5)]
     torch.testing.assert_close(torch.cat([c.log_prob for c in chunks]).sum(1), whole)

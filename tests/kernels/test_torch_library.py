@@ -30,7 +30,7 @@ def gradients(function, counts, t, upstream=None):
 
 def zinb(indptr, indices, data, logits, library, theta, pi_logits):
     counts = CSR(indptr, indices, data, logits.shape[1])
-    return count_log_likelihood(counts, logits * 1, library, theta, pi_logits=pi_logits, backend="numba")
+    return count_log_likelihood(counts, logits * 1, library, theta, pi_logits=pi_logits)
 
 
 @pytest.mark.parametrize("upstream", [None, torch.tensor([1.0, -2.0, 0.5, 0.0])])

@@ -1,0 +1,152 @@
+"""A few cells at a time through heads, likelihood and gradients, so that cells x genes never exists.
+
+README.md beside this file counts the passes and says why cells are cut and not genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..count_ll.op import run as run_count_ll
+from ..csr import CSR
+from ..parallel import empty
+
+# Of what the heads make of a block of cells: it is to stay near, but matrix products want many rows.
+_BLOCK_BYTES = 16 << 20
+_MIN_ROWS, _MAX_ROWS = 32, 1024
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Tensors of the linear heads and theta, or their gradients; ``None`` where there is none."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    pi_weight: Tensor | None
+    pi_bias: Tensor | None
+    theta: Tensor | None
+    theta_weight: Tensor | None
+    theta_bias: Tensor | None
+
+    def named(self) -> dict[str, Tensor | None]:
+        """All of them by name, in order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in order."""
+        return tuple(self.named().values())
+
+    @property
+    def n_linear(self) -> int:
+        """Number of heads that have a weight."""
+        return sum(t is not None for t in (self.weight, self.pi_weight, self.theta_weight))
+
+    def to(self, dtype: torch.dtype) -> Heads:
+        """With the weights, not the biases, in another type."""
+        linear = {name: t for name, t in self.named().items() if name.endswith("weight") and t is not None}
+        return replace(self, **{name: t.to(dtype) for name, t in linear.items()})
+
+    def zeros(self) -> Heads:
+        """Zeros like these."""
+        return Heads(*(None if t is None else torch.zeros_like(t) for t in self.tensors()))
+
+
+def block_rows(n_linear: int, n_vars: int) -> int:
+    """Cells of a block."""
+    return max(_MIN_ROWS, min(_MAX_ROWS, _BLOCK_BYTES // max(1, 4 * n_linear * n_vars)))
+
+
+def run(
+    backend: str,
+    counts: CSR,
+    hidden: Tensor,
+    library: Tensor,
+    heads: Heads,
+    theta_index: Tensor | None,
+    likelihood: str,
+    mean: str,
+    *,
+    dtype: torch.dtype,
+    weights: Tensor | None,
+    scale: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Heads | None]:
+    """``(log_p, d hidden, d library, d heads)``, weighted as by ``count_ll``; products are of ``dtype``."""
+    n_obs, n_vars = counts.shape
+    log_p = torch.empty_like(library)
+    narrow_hidden, narrow = hidden.to(dtype), heads.to(dtype)
+    gradients = heads.zeros() if with_gradient else None
+    g_hidden = torch.empty_like(hidden) if with_gradient else None
+    g_library = torch.empty_like(library) if with_gradient else None
+    rows = min(block_rows(heads.n_linear, n_vars), max(n_obs, 1))
+    buffers = [_buffer(rows, n_vars, hidden) for _ in range(heads.n_linear)]
+    for start in range(0, n_obs, rows):
+        t = slice(start, min(start + rows, n_obs))
+        h, free = narrow_hidden[t], [b[: t.stop - start] for b in buffers]
+        logits = _linear(h, narrow.weight, heads.bias, free)
+        pi_logits = None if heads.pi_weight is None else _linear(h, narrow.pi_weight, heads.pi_bias, free)
+        by_cell = heads.theta is not None and heads.theta.dim() == 2 and theta_index is None
+        theta = heads.theta[t] if heads.theta is not None and by_cell else heads.theta
+        if heads.theta_weight is not None:
+            theta = _linear(h, narrow.theta_weight, heads.theta_bias, free).exp_()
+        log_p[t], made = run_count_ll(
+            backend, counts.row_range(t.start, t.stop), logits, library[t], theta, pi_logits,
+            None if theta_index is None else theta_index[t], likelihood, mean,
+            weights=None if weights is None else weights[t], scale=scale, with_gradient=with_gradient,
+            inplace=True,
+        )  # fmt: skip
+        if made is None:
+            continue
+        assert gradients is not None and g_hidden is not None and g_library is not None
+        g_logits, g_library[t], g_theta, g_pi = made
+        assert g_logits is not None
+        g_h = g_hidden[t].zero_()
+        _add(g_logits, h, narrow.weight, g_h, gradients.weight, gradients.bias)
+        if g_pi is not None:
+            _add(g_pi, h, narrow.pi_weight, g_h, gradients.pi_weight, gradients.pi_bias)
+        if heads.theta_weight is not None:
+            assert theta is not None and g_theta is not None
+            # theta = exp(raw): d / d raw = theta d / d theta.
+            g_raw = g_theta.mul_(theta)
+            _add(g_raw, h, narrow.theta_weight, g_h, gradients.theta_weight, gradients.theta_bias)
+        elif gradients.theta is not None:
+            assert g_theta is not None
+            (gradients.theta[t] if by_cell else gradients.theta).add_(g_theta)
+    return log_p, g_hidden, g_library, gradients
+
+
+def _buffer(rows: int, n_vars: int, like: Tensor) -> Tensor:
+    if like.is_cuda:
+        return like.new_empty(rows, n_vars)
+    return empty((rows, n_vars))
+
+
+def _linear(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, free: list[Tensor]) -> Tensor:
+    """``hidden @ weight.T + bias`` in one of the free buffers, whose type it takes."""
+    assert weight is not None
+    out = free.pop()
+    if out.dtype == hidden.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(hidden @ weight.T)
+    return out if bias is None else out.add_(bias)
+
+
+def _add(
+    g: Tensor, hidden: Tensor, weight: Tensor | None, g_hidden: Tensor, g_weight: Tensor | None,
+    g_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Add what a head's output gradient ``g`` means for its input, weight and bias."""
+    assert weight is not None and g_weight is not None
+    narrow = g.to(hidden.dtype)
+    if g_hidden.dtype == hidden.dtype:
+        g_hidden.addmm_(narrow, weight)
+        g_weight.addmm_(narrow.T, hidden)
+    else:
+        g_hidden += narrow @ weight
+        g_weight += narrow.T @ hidden
+    if g_bias is not None:
+        g_bias += g.sum(0)
