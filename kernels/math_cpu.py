@@ -1,8 +1,8 @@
 """exp, log, log1p as polynomials that LLVM turns into vector code, lgamma and digamma in float64.
 
 numba without Intel's SVML calls libm once per element (about 10 ns); these take 0.1 to 0.2 ns each on sixteen
-lanes. The coefficients were fitted to the smallest relative error over the reduced range (2e-8 for exp and log
-in float32, 2e-11 for log in float64); tests/kernels/test_math.py holds them against mpmath.
+lanes. The coefficients were fitted to the smallest relative error over the reduced range (2e-8 for exp and
+log in float32, 2e-11 for log in float64); tests/kernels/test_math.py holds them against mpmath.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def _stirling(inv):  # type: ignore[no-untyped-def]
 def nb_at_count(x, theta, mu):  # type: ignore[no-untyped-def]
     """What a count x > 0 adds to a negative binomial beyond its zero case, in float64 without a branch.
 
-    ``sum over k < x of log((theta + k) / (theta + mu)) = rise + x * log_over``, where sums over k are differences
-    of lgamma and digamma, shifted up by four and expanded (Stirling). Differences of nearby logarithms are
-    logarithms of ratios, so that nothing cancels for large theta.
+    ``sum over k < x of log((theta + k) / (theta + mu)) = rise + x * log_over``, where sums over k are
+    differences of lgamma and digamma, shifted up by four and expanded (Stirling). Differences of nearby
+    logarithms are logarithms of ratios, so that nothing cancels for large theta.
 
     Returns:
         ``rise``, ``log_over`` and the sum's derivative by theta.

@@ -20,6 +20,11 @@ class Entries:
         rows: of the minibatch, which these are.
         log_prob: ``(b, G)`` log-probability of each count, nats.
         dropout: ``(b, G)`` posterior probability that a zero was inflated, 0 at counts; ``None`` without pi.
+
+    Example:
+        >>> import torch
+        >>> Entries(slice(0, 1), torch.zeros(1, 2), None).log_prob.shape
+        torch.Size([1, 2])
     """
 
     rows: slice
@@ -58,6 +63,7 @@ def count_log_likelihood_entries(
         `Entries` of consecutive cells.
 
     Example:
+        >>> import torch
         >>> counts = CSR.from_torch(torch.tensor([[0.0, 2.0]]))
         >>> (e,) = count_log_likelihood_entries(counts, torch.zeros(1, 2), torch.tensor([2.0]),
         ...                                     pi_logits=torch.zeros(1, 2), likelihood="zip")
