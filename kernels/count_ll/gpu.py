@@ -38,13 +38,15 @@ from ..math_gpu import (
 # is 12 bytes a gene and program, 32 MB at 132 programs and 20,000 genes, which an H200's level 2 cache of
 # 50 MB holds; two programs' would not fit. Reasoned, not measured.
 _PROGRAMS_EACH = 1
-_WARPS = 16
-_BLOCK = 2048
-_NNZ_BLOCK = 512
+_OPTIONS = {"num_warps": 16}
+if torch.version.hip is None:
+    # As many as 16 warps can have. Left to itself, ptxas may aim at 64, for a second program, and spill.
+    _OPTIONS["maxnreg"] = 128
+_BLOCK, _NNZ_BLOCK = 2048, 512
 _SUM_ROWS, _SUM_GENES = 32, 64
 _PROGRAMS_INTERPRETED = 3  # so that there, too, a program has several cells
 _LOWEST = tl.constexpr(-1e30)  # a logit where there is no gene: its exponential is 0
-_LARGEST = tl.constexpr(8e37)
+_LARGEST = tl.constexpr(8e37)  # `reciprocal` gives 0 beyond
 
 
 def run(
@@ -107,7 +109,7 @@ def run(
                 n_obs, n_vars, counts.nnz, rows_each, float(scale),
                 THETA=dispersion.kind, INFLATED=pi_ is not None, SOFTMAX=mean == "softmax",
                 GRADIENT=with_gradient, WEIGHTED=weights is not None,
-                BLOCK=_BLOCK, NNZ_BLOCK=_NNZ_BLOCK, num_warps=_WARPS,
+                BLOCK=_BLOCK, NNZ_BLOCK=_NNZ_BLOCK, **_OPTIONS,
             )  # fmt: skip
         if not with_gradient:
             return log_p, None

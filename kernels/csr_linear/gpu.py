@@ -56,7 +56,7 @@ def _gather(
 ) -> torch.Tensor:
     """The sparse matrix times ``matrix``."""
     n_rows, n_units = len(indptr) - 1, matrix.shape[1]
-    out = matrix.new_empty(n_rows, n_units)
+    out = torch.empty(n_rows, n_units, dtype=matrix.dtype, device=matrix.device)
     units = min(triton.next_power_of_2(max(n_units, 1)), _MOST_UNITS)
     if out.numel():
         with torch.cuda.device_of(matrix):  # Triton launches on the current device
