@@ -38,10 +38,14 @@ class Likelihood:
         theta_index: torch.Tensor | None = None,
         mean: str = "softmax",
     ) -> torch.Tensor:
-        """``(B,)`` log-likelihood in nats, by the fused kernel; shapes as there."""
+        """``(B,)`` log-likelihood in nats, by the fused kernel; shapes as there.
+
+        For a loss that is the mean over cells of what is taken from it, and logits that nobody else looks at:
+        where gradients are asked for, they are written over logits and pi_logits.
+        """
         return count_log_likelihood(
             counts, logits, library, theta, pi_logits=pi_logits, theta_index=theta_index,
-            likelihood=self.name, mean=mean,
+            likelihood=self.name, mean=mean, inplace=True, upstream=-1 / max(len(logits), 1),
         )  # fmt: skip
 
     def mean(self, mu: torch.Tensor, pi_logits: torch.Tensor | None) -> torch.Tensor:
