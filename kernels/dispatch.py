@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ logger = logging.getLogger("atlasvi_kernels")
 BACKENDS = ("auto", "numba", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # nothing is imported to find out
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _said: set[tuple[str, str, str]] = set()
 
 
@@ -55,6 +58,17 @@ def choose_backend(op: str, backend: str, *tensors: torch.Tensor) -> str:
     raise ValueError(
         f"{op}: backend {backend!r} takes {takes}, got {shown}; pass backend='reference' or 'auto'"
     )
+
+
+def registered(function: _Function) -> _Function:
+    """Register a function of tensors with torch under its own name, in ``torch.ops.atlasvi_kernels``.
+
+    Not with `torch.library.custom_op`: its first call imports torch's compiler, seconds and 74 MB of memory.
+    """
+    name = f"atlasvi_kernels::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default", function)
+    return function
 
 
 def interpreting() -> bool:

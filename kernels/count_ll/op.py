@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..csr import CSR
-from ..dispatch import choose_backend
+from ..dispatch import choose_backend, registered
 from . import cpu, reference
 
 LIKELIHOODS = ("poisson", "zip", "nb", "zinb")
@@ -89,7 +89,7 @@ def count_log_likelihood(
             )
         log_p: Tensor = _InPlace.apply(*arguments, *options)
         return log_p
-    return _count_ll(*arguments, *options)[0]
+    return torch.ops.atlasvi_kernels.count_ll(*arguments, *options)[0]
 
 
 def _widen(t: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ def run(backend: str, *args: Any, **options: Any) -> tuple[Tensor, list[Tensor |
     return gpu.run(*args, **options)
 
 
-@torch.library.custom_op("atlasvi_kernels::count_ll", mutates_args=())
-def _count_ll(
+@registered
+def count_ll(
     indptr: Tensor, indices: Tensor, data: Tensor, logits: Tensor, library: Tensor, theta: Tensor | None,
     pi_logits: Tensor | None, theta_index: Tensor | None, likelihood: str, mean: str, backend: str,
     upstream: float, with_gradient: bool,
@@ -133,8 +133,8 @@ def _count_ll(
     return [log_p, *(log_p.new_empty(0) if g is None else g for g in gradients or [None] * 4)]
 
 
-@torch.library.custom_op("atlasvi_kernels::count_ll_backward", mutates_args=())
-def _count_ll_backward(
+@registered
+def count_ll_backward(
     weights: Tensor, gradients: Sequence[Tensor], indptr: Tensor, indices: Tensor, data: Tensor,
     logits: Tensor, library: Tensor, theta: Tensor | None, pi_logits: Tensor | None,
     theta_index: Tensor | None, likelihood: str, mean: str, backend: str, upstream: float,
@@ -157,7 +157,7 @@ def is_uniform(weights: Tensor) -> bool:
     return len(weights) == 0 or bool((weights == weights[0]).all())
 
 
-@_count_ll.register_fake
+@torch.library.register_fake("atlasvi_kernels::count_ll")
 def _(
     indptr: Any, indices: Any, data: Any, logits: Any, library: Any, theta: Any, pi_logits: Any,
     theta_index: Any, likelihood: str, mean: str, backend: str, upstream: float, with_gradient: bool,
@@ -167,7 +167,7 @@ def _(
     return [log_p, *(log_p.new_empty(0) if t is None else _like(t) for t in given)]
 
 
-@_count_ll_backward.register_fake
+@torch.library.register_fake("atlasvi_kernels::count_ll_backward")
 def _(weights: Any, gradients: Any, *_: Any) -> list[Tensor]:
     return [torch.empty_like(g) for g in gradients]
 
@@ -191,7 +191,7 @@ def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Tensor | None, 
     # Where torch traces, a value cannot be looked at: there the op does, when it runs.
     traced = type(weights) is not Tensor
     if traced or not bool((weights == ctx.options[3]).all()):
-        gradients = _count_ll_backward(weights, gradients, *inputs, *ctx.options)
+        gradients = torch.ops.atlasvi_kernels.count_ll_backward(weights, gradients, *inputs, *ctx.options)
     return _as_inputs(gradients, inputs)
 
 
@@ -205,7 +205,7 @@ def _as_inputs(gradients: list[Tensor], inputs: tuple[Any, ...]) -> tuple[Tensor
     )  # fmt: skip
 
 
-_count_ll.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("atlasvi_kernels::count_ll", _backward, setup_context=_setup_context)
 
 
 class _InPlace(torch.autograd.Function):

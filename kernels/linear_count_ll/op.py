@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..count_ll.op import check_options, count_log_likelihood, is_uniform
 from ..csr import CSR
-from ..dispatch import choose_backend
+from ..dispatch import choose_backend, registered
 from . import blocks
 from .blocks import Heads
 
@@ -87,7 +87,7 @@ def linear_count_log_likelihood(
     if chosen == "reference":
         return _reference(counts, hidden, library, heads, theta_index, likelihood, mean)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    made: list[Tensor] = _linear_count_ll(
+    made: list[Tensor] = torch.ops.atlasvi_kernels.linear_count_ll(
         counts.indptr, counts.indices, counts.data, hidden, library, *heads.tensors(), theta_index,
         likelihood, mean, chosen, matmul_dtype or hidden.dtype, float(upstream), with_gradient,
     )  # fmt: skip
@@ -110,8 +110,8 @@ def _reference(
     )  # fmt: skip
 
 
-@torch.library.custom_op("atlasvi_kernels::linear_count_ll", mutates_args=())
-def _linear_count_ll(
+@registered
+def linear_count_ll(
     indptr: Tensor, indices: Tensor, data: Tensor, hidden: Tensor, library: Tensor, weight: Tensor,
     bias: Tensor | None, pi_weight: Tensor | None, pi_bias: Tensor | None, theta: Tensor | None,
     theta_weight: Tensor | None, theta_bias: Tensor | None, theta_index: Tensor | None, likelihood: str,
@@ -126,8 +126,8 @@ def _linear_count_ll(
     return [log_p, *_flat(log_p, *gradients)]
 
 
-@torch.library.custom_op("atlasvi_kernels::linear_count_ll_backward", mutates_args=())
-def _linear_count_ll_backward(
+@registered
+def linear_count_ll_backward(
     weights: Tensor, gradients: Sequence[Tensor], indptr: Tensor, indices: Tensor, data: Tensor,
     hidden: Tensor, library: Tensor, weight: Tensor, bias: Tensor | None, pi_weight: Tensor | None,
     pi_bias: Tensor | None, theta: Tensor | None, theta_weight: Tensor | None, theta_bias: Tensor | None,
@@ -153,7 +153,7 @@ def _flat(
     return [like.new_empty(0) if g is None else g for g in found]
 
 
-@_linear_count_ll.register_fake
+@torch.library.register_fake("atlasvi_kernels::linear_count_ll")
 def _(indptr: Any, indices: Any, data: Any, hidden: Any, library: Any, *rest: Any) -> list[Tensor]:
     heads, with_gradient = rest[:7], rest[-1]
     made = [hidden, library, *heads] if with_gradient else [None] * 9
@@ -163,7 +163,7 @@ def _(indptr: Any, indices: Any, data: Any, hidden: Any, library: Any, *rest: An
     ]
 
 
-@_linear_count_ll_backward.register_fake
+@torch.library.register_fake("atlasvi_kernels::linear_count_ll_backward")
 def _(weights: Any, gradients: Any, *_: Any) -> list[Tensor]:
     return [torch.empty_like(g) for g in gradients]
 
@@ -182,12 +182,14 @@ def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Tensor | None, 
     inputs, gradients = ctx.saved_tensors[:13], list(ctx.saved_tensors[13:])
     # Where torch traces, a value cannot be looked at: there the op does, when it runs.
     if type(weights) is not Tensor or not bool((weights == ctx.options[4]).all()):
-        gradients = _linear_count_ll_backward(weights, gradients, *inputs, *ctx.options)
+        gradients = torch.ops.atlasvi_kernels.linear_count_ll_backward(
+            weights, gradients, *inputs, *ctx.options
+        )
     of_inputs = [None if t is None else g for t, g in zip(inputs[3:12], gradients, strict=True)]
     return None, None, None, *of_inputs, *(None,) * 7
 
 
-_linear_count_ll.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("atlasvi_kernels::linear_count_ll", _backward, setup_context=_setup_context)
 
 
 def _check(
