@@ -40,8 +40,8 @@ def exp_minus_abs(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def one_minus_exp_minus(x):  # type: ignore[no-untyped-def]
     """1 - exp(-x) of a float32 x >= 0, to full precision near 0."""
-    series = -4.1490654e-2 + x * 7.5136062e-3
-    series = 1.0 + x * (-4.9999951e-1 + x * (1.6665108e-1 + x * series))
+    # (1 - exp(-x)) / x, fitted on [0, 1/4] to 3e-7.
+    series = 9.9999977e-1 + x * (-4.9996999e-1 + x * (1.6606225e-1 + x * -3.7728974e-2))
     return tl.where(x < 0.25, x * series, 1.0 - tl.exp2(x * -1.4426950408889634))
 
 
@@ -60,34 +60,12 @@ def log_absolute(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def log1p_excess(y):  # type: ignore[no-untyped-def]
     """``(log(1 + y), y - log(1 + y), |y| < 1 / 4)`` of a float32 y > -1; the second where the third holds."""
-    # (y - log(1 + y)) / y^2, fitted on [-1/4, 1/4] to 2e-7.
-    series = 1.6629395e-1 + y * (-1.5583460e-1 + y * 1.3669405e-1)
-    series = 0.5 + y * (-3.3333658e-1 + y * (2.5000293e-1 + y * (-1.9958652e-1 + y * series)))
+    # (y - log(1 + y)) / y^2, fitted on [-1/4, 1/4] to 2e-6.
+    series = -1.9973671e-1 + y * (1.7908149e-1 + y * -1.5390714e-1)
+    series = 5.0000103e-1 + y * (-3.3333425e-1 + y * (2.4970429e-1 + y * series))
     excess = y * y * series
     small = tl.abs(y) < 0.25
     return tl.where(small, y - excess, log_absolute(1.0 + y)), excess, small
-
-
-@triton.jit
-def log32(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm of a normal positive float32, by the polynomial of Cephes (Moshier)."""
-    # x = 2^e m with m in [sqrt(1/2), sqrt(2)).
-    bits = x.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
-    m = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    z = m * m
-    p = 7.0376836292e-2
-    p = p * m + -1.1514610310e-1
-    p = p * m + 1.1676998740e-1
-    p = p * m + -1.2420140846e-1
-    p = p * m + 1.4249322787e-1
-    p = p * m + -1.6668057665e-1
-    p = p * m + 2.0000714765e-1
-    p = p * m + -2.4999993993e-1
-    p = p * m + 3.3333331174e-1
-    k = e.to(tl.float32)
-    y = p * m * z + k * -2.12194440e-4 - 0.5 * z
-    return m + y + k * 0.693359375
 
 
 @triton.jit
@@ -109,7 +87,7 @@ def stirling(y):  # type: ignore[no-untyped-def]
         product *= t * over
         change = change * t + rise
         rise *= t
-    log_ratio = log32((v + 4.0) * over_v)
+    log_ratio = log_absolute((v + 4.0) * over_v)
     i = tl.where(small, over, reciprocal(y))
     i2 = i * i
     rest = i * (1.0 / 12 - i2 * (1.0 / 360 - i2 * (1.0 / 1260 - i2 * (1.0 / 1680))))

@@ -47,6 +47,7 @@ _SUM_ROWS, _SUM_GENES = 32, 64
 _PROGRAMS_INTERPRETED = 3  # so that there, too, a program has several cells
 _LOWEST = tl.constexpr(-1e30)  # a logit where there is no gene: its exponential is 0
 _LARGEST = tl.constexpr(8e37)  # `reciprocal` gives 0 beyond
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def run(
@@ -187,6 +188,7 @@ def _rows(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     HAS_THETA: tl.constexpr = THETA != "none"
     program = tl.program_id(0).to(tl.int64)
+    nnz = nnz.to(tl.int64)  # three times it may pass 2^31
     marks = mark_rows + program * n_vars
     first = program * rows_each
     t_before = first * 0 - 1
@@ -215,7 +217,7 @@ def _rows(  # type: ignore[no-untyped-def]
         shift, total = 0.0, lib * 0.0 + 1.0
         if SOFTMAX:
             shift, total = _normaliser(n_vars, row, BLOCK)
-        log_factor = tl.log(lib) - tl.log(total) - shift
+        log_factor = tl.log(lib) - tl.log(total) - shift / _LOG2_E
         start, stop = tl.load(indptr + b), tl.load(indptr + b + 1)
         f_at, u_at = _non_zeros(
             start, stop, nnz, indices, data, row, th, p, at_nnz, marks, log_factor, weight, u_weight,
@@ -255,17 +257,19 @@ def _rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _normaliser(n_vars, row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pass 1: ``(max a, sum of exp(a - max a))``, float32 along a lane and float64 across lanes."""
-    top = tl.full([BLOCK], _LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    """Pass 1: ``(m, sum of 2^(a log2(e) - m))`` with m of the largest; float64 across lanes."""
+    # A lane is four genes side by side, which one thread loads at once: they share what a new maximum costs.
+    top = tl.full([BLOCK // 4], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK // 4], tl.float32)
     for start in range(0, n_vars, BLOCK):
         g = start + tl.arange(0, BLOCK)
         a = tl.load(row + g, mask=g < n_vars, other=_LOWEST, eviction_policy="evict_last").to(tl.float32)
-        higher = tl.maximum(top, a)
-        total = total * exp32(top - higher) + exp32(a - higher)
+        a = tl.reshape(a, [BLOCK // 4, 4])
+        higher = tl.maximum(top, tl.max(a, 1) * _LOG2_E)
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(a * _LOG2_E - higher[:, None]), 1)
         top = higher
     shift = tl.max(top)
-    return shift, tl.sum((total * exp32(top - shift)).to(tl.float64))
+    return shift, tl.sum((total * tl.exp2(top - shift)).to(tl.float64))
 
 
 @triton.jit
@@ -351,11 +355,14 @@ def _zeros(  # type: ignore[no-untyped-def]
     """Pass 3: ``(sum of f, sum of u)`` over the genes without a mark; writes u, dtheta, dp of every gene."""
     cost_sum = tl.zeros([BLOCK], tl.float32)
     v_sum = tl.zeros([BLOCK], tl.float32)
+    together = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_vars, BLOCK):
         g = start + tl.arange(0, BLOCK)
         there = g < n_vars
         a = tl.load(row + g, mask=there, other=_LOWEST, eviction_policy="evict_last").to(tl.float32)
-        mu = exp32(a - shift) * factor if SOFTMAX else tl.minimum(exp32(a) * factor, _LARGEST)
+        mu = tl.exp2(a * _LOG2_E - shift) * factor
+        if not SOFTMAX:
+            mu = tl.minimum(mu, _LARGEST)
         # At mu = 0 a zero has f = u = dtheta = dp = 0: so those with a mark stay out of all sums, and all
         # loads and stores keep to whole vectors.
         marked = tl.load(marks + g, mask=there, other=1) != 0
@@ -364,9 +371,15 @@ def _zeros(  # type: ignore[no-untyped-def]
         logit = 0.0
         if INFLATED:
             logit = tl.load(p + g, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        cost, v, d, dp = _at_zero(mu, theta, logit, HAS_THETA, INFLATED)
+        cost, ratio, v, d, dp = _at_zero(mu, theta, logit, HAS_THETA, INFLATED, SOFTMAX)
         cost_sum += cost
         v_sum += v
+        if INFLATED:
+            # One logarithm for the ratios of four blocks: the product of (1 + ratio), less one.
+            together += ratio + together * ratio
+            if (start // BLOCK) % 4 == 3:
+                cost_sum -= log1p_excess(together)[0]
+                together = tl.zeros([BLOCK], tl.float32)
         if GRADIENT:
             tl.store(u_to + g, v * (u_weight * -1.0), mask=there)
             if INFLATED:
@@ -374,15 +387,22 @@ def _zeros(  # type: ignore[no-untyped-def]
             if HAS_THETA:
                 before = tl.load(dth_to + g, mask=there & (fresh == 0), other=0.0)
                 tl.store(dth_to + g, before + weight * d, mask=there)
+    if INFLATED:
+        cost_sum -= log1p_excess(together)[0]
     return -tl.sum(cost_sum.to(tl.float64)), -tl.sum(v_sum.to(tl.float64))
 
 
 @triton.jit
-def _at_zero(mu, theta, logit, HAS_THETA: tl.constexpr, INFLATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``(-f, -u, dtheta, dp)`` of a zero, of which the first two are >= 0; so is y = -z."""
-    y, v, d, dp = mu, mu, 0.0, 0.0
+def _at_zero(  # type: ignore[no-untyped-def]
+    mu, theta, logit, HAS_THETA: tl.constexpr, INFLATED: tl.constexpr, SOFTMAX: tl.constexpr
+):
+    """``(cost, ratio, -u, dtheta, dp)`` of a zero, where ``f = log(1 + ratio) - cost``."""
+    # y = -z
+    y, v, ratio, d, dp = mu, mu, 0.0, 0.0, 0.0
     if HAS_THETA:
-        r = tl.minimum(mu * reciprocal(theta), _LARGEST)
+        r = mu * reciprocal(theta)
+        if not SOFTMAX:
+            r = tl.minimum(r, _LARGEST)
         share = reciprocal(1.0 + r)
         v = mu * share
         share *= r
@@ -392,24 +412,22 @@ def _at_zero(mu, theta, logit, HAS_THETA: tl.constexpr, INFLATED: tl.constexpr):
         d = tl.where(small, excess - r * share, share - log1p_r)
     cost = y
     if INFLATED:
-        # Two logistic functions through the exponential that cannot overflow: of p, the log-odds that an
-        # entry dropped out, and of z - p, those that a zero did not.
-        q = exp_minus_abs(logit)
+        kept = reciprocal(1.0 + exp32(logit))  # 1 - pi
+        # s, the logistic function of z - p, through the exponential that cannot overflow.
         t = exp_minus_abs(y + logit)
-        over_q, over_t = reciprocal(1.0 + q), reciprocal(1.0 + t)
+        over_t = reciprocal(1.0 + t)
         seen = y + logit <= 0.0
-        kept = over_q * tl.where(logit >= 0.0, q, 1.0)
+        s = over_t * tl.where(seen, 1.0, t)
         # Near 0, f is log1p of (pi + (1 - pi) e^z) - 1. Far from it both terms may vanish (and p < 0):
         # the larger comes out of the logarithm.
         missing = kept * one_minus_exp_minus(y)
         near = missing < 0.5
-        log_sum, _, _ = log1p_excess(tl.where(near, -missing, (1.0 + t) * over_q - 1.0))
-        cost = tl.where(near, 0.0, tl.minimum(y, -logit)) - log_sum
+        ratio = tl.where(near, -missing, (1.0 + t) * kept - 1.0)
+        cost = tl.where(near, 0.0, tl.minimum(y, -logit))
         dp = over_t * tl.where(seen, t, 1.0) * missing
-        s = over_t * tl.where(seen, 1.0, t)
         v *= s
         d *= s
-    return cost, v, d, dp
+    return cost, ratio, v, d, dp
 
 
 @triton.jit
@@ -439,7 +457,8 @@ def _pull(n_vars, row, u, to, shift, pull, weight, BLOCK: tl.constexpr):  # type
         g = start + tl.arange(0, BLOCK)
         there = g < n_vars
         a = tl.load(row + g, mask=there, other=_LOWEST).to(tl.float32)
-        gradient = weight * (tl.load(u + g, mask=there, other=0.0) - exp32(a - shift) * pull)
+        rho = tl.exp2(a * _LOG2_E - shift)  # times the sum of exponentials, by which pull is divided
+        gradient = weight * (tl.load(u + g, mask=there, other=0.0) - rho * pull)
         tl.store(to + g, gradient, mask=there, eviction_policy="evict_first")
 
 

