@@ -8,9 +8,17 @@ Example:
     torch.Size([1])
 """
 
+import os
+import sys
+
 if __name__ != "atlasvi_kernels":
     # From the repository root `import kernels` would find this folder too, as a second copy.
     raise ImportError("this folder is imported as atlasvi_kernels; install the project: pip install -e .")
+
+if "torch" not in sys.modules:
+    # torch's OpenMP threads would else spin for milliseconds after each of its loops, on the cores that the
+    # kernels' threads are to run on: a kernel after a torch operation then takes up to twice as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .count_ll import Entries, count_log_likelihood, count_log_likelihood_entries
 from .csr import CSR
