@@ -26,6 +26,11 @@ def run_in_its_own_process(file, **environment):
     assert " passed" in result.stdout
 
 
+def test_triton_is_not_imported_before_it_is_chosen():
+    code = "import atlasvi_kernels, sys; assert not [m for m in sys.modules if m.split('.')[0] == 'triton']"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_kernels_agree_with_the_reference_under_the_interpreter():
     run_in_its_own_process("triton_cases.py", TRITON_INTERPRET="1")
 

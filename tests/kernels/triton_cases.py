@@ -145,6 +145,16 @@ def test_value_alone_and_gradients_in_place_are_the_same_bits(likelihood, mean):
     assert not wide[:, 1::2].any()
 
 
+def test_a_row_of_many_blocks(monkeypatch):
+    """Ratios of four blocks share a logarithm: of forty, it would have nothing left to be taken of."""
+    monkeypatch.setattr(gpu, "_BLOCK", 16)
+    monkeypatch.setattr(gpu, "_NNZ_BLOCK", 16)
+    x, t, _ = make(2, 645, likelihood="zip", mean="exp", densities=(0.0, 0.1))
+    t["pi_logits"], t["library"] = t["pi_logits"] * 0, t["library"] * 1000  # so that a ratio is about -1/2
+    got = run(scrambled(x), t, None, "zip", "exp")
+    compare(got, expected(x, t, None, "zip", "exp"), gradient=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_computed_with_in_float32(dtype):
     x, t, _ = make(4, 130, likelihood="zinb")
