@@ -73,13 +73,15 @@ def count_log_likelihood(
         >>> round(ll.item(), 4)  # log Poisson(0; 1) + log Poisson(2; 1)
         -2.6931
     """
-    wide = [None if t is None else _widen(t) for t in (logits, library, theta, pi_logits)]
-    logits, library, theta, pi_logits = wide  # type: ignore[assignment]
+    logits, library = _widen(logits), _widen(library)
+    theta = None if theta is None else _widen(theta)
+    pi_logits = None if pi_logits is None else _widen(pi_logits)
     check_arguments(counts, logits, library, theta, pi_logits, theta_index, likelihood, mean)
-    chosen = choose_backend("count_log_likelihood", backend, *(t for t in wide if t is not None))
+    given = [t for t in (logits, library, theta, pi_logits) if t is not None]
+    chosen = choose_backend("count_log_likelihood", backend, *given)
     if chosen == "reference":
         return _reference(counts, logits, library, theta, pi_logits, theta_index, likelihood, mean)
-    with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wide)
+    with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     options = (likelihood, mean, chosen, float(upstream), with_gradient)
     arguments = (counts.indptr, counts.indices, counts.data, logits, library, theta, pi_logits, theta_index)
     if inplace and with_gradient:
@@ -89,7 +91,8 @@ def count_log_likelihood(
             )
         log_p: Tensor = _InPlace.apply(*arguments, *options)
         return log_p
-    return torch.ops.atlasvi_kernels.count_ll(*arguments, *options)[0]
+    made: list[Tensor] = torch.ops.atlasvi_kernels.count_ll(*arguments, *options)
+    return made[0]
 
 
 def _widen(t: Tensor) -> Tensor:

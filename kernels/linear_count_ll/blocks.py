@@ -101,8 +101,9 @@ def run(
         if made is None:
             continue
         assert gradients is not None and g_hidden is not None and g_library is not None
-        g_logits, g_library[t], g_theta, g_pi = made
-        assert g_logits is not None
+        g_logits, g_library_t, g_theta, g_pi = made
+        assert g_logits is not None and g_library_t is not None
+        g_library[t] = g_library_t
         g_h = g_hidden[t].zero_()
         _add(g_logits, h, narrow.weight, g_h, gradients.weight, gradients.bias)
         if g_pi is not None:

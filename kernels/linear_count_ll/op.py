@@ -119,11 +119,11 @@ def linear_count_ll(
 ) -> list[Tensor]:  # fmt: skip
     """``[log_p, d hidden, d library, d of each head]``, the gradients empty where there are none."""
     heads = Heads(weight, bias, pi_weight, pi_bias, theta, theta_weight, theta_bias)
-    log_p, *gradients = blocks.run(
+    log_p, g_hidden, g_library, g_heads = blocks.run(
         backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
         mean, dtype=matmul_dtype, weights=None, scale=upstream, with_gradient=with_gradient,
     )  # fmt: skip
-    return [log_p, *_flat(log_p, *gradients)]
+    return [log_p, *_flat(log_p, g_hidden, g_library, g_heads)]
 
 
 @registered
@@ -139,11 +139,11 @@ def linear_count_ll_backward(
         factor = weights[0].item() / upstream if len(weights) else 1.0
         return [g * factor for g in gradients]
     heads = Heads(weight, bias, pi_weight, pi_bias, theta, theta_weight, theta_bias)
-    _, *again = blocks.run(
+    _, g_hidden, g_library, g_heads = blocks.run(
         backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
         mean, dtype=matmul_dtype, weights=weights.contiguous(), scale=1.0, with_gradient=True,
     )  # fmt: skip
-    return _flat(weights, *again)
+    return _flat(weights, g_hidden, g_library, g_heads)
 
 
 def _flat(
