@@ -1,5 +1,8 @@
 """csr_linear among torch's own: registered operation, compiled, under autocast."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from atlasvi_kernels import CSR, csr_linear
@@ -94,3 +97,12 @@ def test_vectors_of_second_derivatives():
     (first,) = torch.autograd.grad((dense @ w).pow(3).sum(), w, create_graph=True)
     (expected,) = torch.autograd.grad(first.square().sum(), w)
     torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_call_does_not_import_the_compiler():
+    code = (
+        "import sys, torch, atlasvi_kernels as ak; w = torch.ones(3, 2, requires_grad=True); "
+        "ak.csr_linear(ak.CSR.from_torch(torch.ones(2, 3)), w).sum().backward(); "
+        "assert w.grad is not None and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
