@@ -25,10 +25,12 @@ from .csr import CSR
 from .csr_linear import csr_linear
 from .linear_count_ll import linear_count_log_likelihood
 from .noise import counter_normal, counter_uniform
+from .pool import RowPool
 
 __all__ = [
     "CSR",
     "Entries",
+    "RowPool",
     "count_log_likelihood",
     "count_log_likelihood_entries",
     "counter_normal",

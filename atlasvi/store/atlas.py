@@ -359,6 +359,9 @@ class Atlas:
         num_workers: int | None = None,
         memory_budget: int | None = None,
         pin_memory: bool | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
         """One epoch of minibatches: sparse counts, and the number in the store of each cell.
 
@@ -372,8 +375,12 @@ class Atlas:
             shuffle: ``False`` visits the cells in order.
             positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
             num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-            memory_budget: bytes that the decoded buffers may take; 128 MiB when ``None``.
+            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``.
             pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
+            start: minibatch to begin with; those before are neither read nor made.
+            rank: number of this reader among ``world_size``, from 0.
+            world_size: readers that share the epoch. Each has some of the lanes, reads their part of the
+                store alone, and gives its part of every minibatch.
 
         Raises:
             OptionError: an argument outside its range.
@@ -393,6 +400,9 @@ class Atlas:
             num_workers=num_workers,
             memory_budget=stream.MEMORY_BUDGET if memory_budget is None else memory_budget,
             pin_memory=pin_memory,
+            start=start,
+            rank=rank,
+            world_size=world_size,
         )
 
     def iter_blocks(

@@ -1,4 +1,4 @@
-"""Rows of decoded buffers, gathered into minibatches with their codes."""
+"""Rows of decoded blocks, gathered into minibatches with their codes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR
+from atlasvi_kernels import CSR, RowPool
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
-from atlasvi.stream.plan import MEMORY_BUDGET, EpochPlan, default_sizes, ordered_sizes, plan_epoch
-from atlasvi.stream.read import Buffer, ReadBlock, default_workers, read_buffers
+from atlasvi.stream.plan import MEMORY_BUDGET, EpochPlan, Unit, default_sizes, ordered_rows, plan_epoch
+from atlasvi.stream.read import ReadBlock, default_workers, read_units
 from atlasvi.types import Minibatch
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def stream_minibatches(
     num_workers: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     pin_memory: bool | None = None,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Minibatch]:
     """The minibatches of one epoch, ready for a model: its genes in its order, and codes.
 
@@ -51,8 +54,12 @@ def stream_minibatches(
         positions: ``(n,)`` int64, the cells to visit (a training split), as positions in ``atlas``;
             in increasing order they are read fastest. All when ``None``.
         num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-        memory_budget: bytes that the decoded buffers may take.
+        memory_budget: bytes that the decoded blocks may take.
         pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
+        start: minibatch to begin with; those before are neither read nor made.
+        rank: number of this reader among ``world_size``, from 0.
+        world_size: readers that share the epoch. Each has some of the lanes, reads their part of the store
+            alone, and gives its part of every minibatch.
 
     Raises:
         OptionError: an argument outside its range.
@@ -75,7 +82,7 @@ def stream_minibatches(
     view = atlas if np.array_equal(columns, np.arange(atlas.n_vars)) else atlas[:, columns]
     pin = _decide_pinning(pin_memory)
     pieces = _stream(
-        view, batch_size, seed, epoch, shuffle, positions, num_workers, memory_budget
+        view, batch_size, seed, epoch, shuffle, positions, num_workers, memory_budget, start, rank, world_size
     )
     return _each(pieces, lambda counts, at: pack(counts, at, codes, atlas.numbers_of(at), pin_memory=pin))
 
@@ -91,6 +98,9 @@ def stream_counts(
     num_workers: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     pin_memory: bool | None = None,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
     """What `Atlas.stream` gives: CSR minibatches with the cells' numbers in the store.
 
@@ -98,11 +108,19 @@ def stream_counts(
     """
     pin = _decide_pinning(pin_memory)
     pieces = _stream(
-        atlas, batch_size, seed, epoch, shuffle, positions, num_workers, memory_budget
+        atlas,
+        batch_size,
+        seed,
+        epoch,
+        shuffle,
+        positions,
+        num_workers,
+        memory_budget,
+        start,
+        rank,
+        world_size,
     )
-    return _each(
-        pieces, lambda counts, at: (counts.pin_memory() if pin else counts, atlas.numbers_of(at))
-    )
+    return _each(pieces, lambda counts, at: (counts.pin_memory() if pin else counts, atlas.numbers_of(at)))
 
 
 def stream_blocks(
@@ -119,12 +137,12 @@ def stream_blocks(
     at = _check_positions(atlas, positions)
     n_rows = atlas.n_obs if at is None else len(at)
     workers = default_workers() if num_workers is None else num_workers
-    block_rows, buffer_blocks = ordered_sizes(atlas.bytes_per_row, workers, memory_budget)
     plan = plan_epoch(
-        n_rows, batch_size=1, block_rows=block_rows, buffer_blocks=buffer_blocks, seed=0, epoch=0,
-        shuffle=False,
+        n_rows, batch_size=1, block_rows=ordered_rows(atlas.bytes_per_row, workers, memory_budget), seed=0,
+        epoch=0, shuffle=False,
     )  # fmt: skip
-    blocks = _whole(read_buffers(_reader(atlas, at), plan, num_workers=workers))
+    units = plan.schedule()
+    blocks = _whole(read_units(_reader(atlas, at), units, num_workers=workers), units)
     return blocks if at is None else _each(blocks, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
@@ -167,57 +185,85 @@ def _stream(
     positions: Positions | None,
     num_workers: int | None,
     memory_budget: int,
+    start: int,
+    rank: int,
+    world_size: int,
 ) -> Generator[tuple[CSR, Positions]]:
     """Minibatches of counts with their positions in ``atlas``. Arguments are checked before the first."""
     at = _check_positions(atlas, positions)
     workers = default_workers() if num_workers is None else num_workers
     if shuffle:
-        block_rows, buffer_blocks = default_sizes(atlas.bytes_per_row, batch_size, memory_budget)
+        block_rows, n_lanes = default_sizes(atlas.bytes_per_row, memory_budget)
+        # What is decoded ahead is the budget's last third.
+        ahead = max(1, min(2 * workers, n_lanes // 2))
     else:
-        block_rows, buffer_blocks = ordered_sizes(atlas.bytes_per_row, workers, memory_budget)
+        block_rows, n_lanes = ordered_rows(atlas.bytes_per_row, workers, memory_budget), 1
+        ahead = max(1, 2 * workers)
     plan = plan_epoch(
-        atlas.n_obs if at is None else len(at),
-        batch_size=batch_size,
-        block_rows=block_rows,
-        buffer_blocks=buffer_blocks,
-        seed=seed,
-        epoch=epoch,
-        shuffle=shuffle,
-    )
-    pieces = cut(read_buffers(_reader(atlas, at), plan, num_workers=workers), plan)
+        atlas.n_obs if at is None else len(at), batch_size=batch_size, block_rows=block_rows,
+        n_lanes=n_lanes, seed=seed, epoch=epoch, shuffle=shuffle,
+    )  # fmt: skip
+    if not 0 <= start <= plan.n_minibatches:
+        raise OptionError(f"start={start} of an epoch of {plan.n_minibatches} minibatches")
+    if not 0 <= rank < world_size:
+        raise OptionError(f"rank={rank} of world_size={world_size}; ranks count from 0")
+    lanes = range(rank, plan.n_lanes, world_size)
+    units = plan.schedule(lanes, start)
+    read = read_units(_reader(atlas, at), units, num_workers=workers, ahead=ahead)
+    pieces = gather(read, units, plan, atlas.n_vars, lanes, start)
     return pieces if at is None else _each(pieces, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
-def cut(buffers: Generator[Buffer], plan: EpochPlan) -> Generator[tuple[CSR, Positions]]:
-    """Buffers cut into minibatches; one that straddles two buffers is put together from both."""
-    sizes = (stop - start for start, stop in plan.minibatches())
-    size, held, n_held = next(sizes, 0), [], 0
-    with closing(buffers):
-        for buffer in buffers:
-            done = 0
-            while done < len(buffer.order):
-                rows = buffer.order[done : done + size - n_held]
-                held.append((buffer.counts.take_rows(rows), buffer.positions[rows]))
-                done, n_held = done + len(rows), n_held + len(rows)
-                if n_held == size:
-                    yield CSR.concatenate([c for c, _ in held]), np.concatenate([p for _, p in held])
-                    size, held, n_held = next(sizes, 0), [], 0
-            # Else the loop variable keeps it alive while the next buffer is waited for.
-            del buffer
+class _Held:
+    """A unit whose rows are being visited."""
+
+    def __init__(self, unit: Unit, slot: int, order: Positions) -> None:
+        self.unit, self.slot, self.order = unit, slot, order
 
 
-def _whole(buffers: Generator[Buffer]) -> Generator[tuple[CSR, Positions]]:
-    with closing(buffers):
-        for buffer in buffers:
-            counts, positions = buffer.counts, buffer.positions
-            del buffer
-            yield counts, positions
-            del counts, positions
+def gather(
+    read: Generator[CSR], units: list[Unit], plan: EpochPlan, n_vars: int, lanes: range, start: int
+) -> Generator[tuple[CSR, Positions]]:
+    """Minibatches drawn from the lanes, lane after lane; a unit is let go when its last row is drawn."""
+    pool, held = RowPool(n_vars), {lane: list[_Held]() for lane in lanes}
+    coming = iter(units)
+    with closing(read):
+        before = plan.taken(start)
+        for i in range(start, plan.n_minibatches):
+            after = plan.taken(i + 1)
+            for lane in lanes:
+                while after[lane] > (held[lane][-1].unit.last if held[lane] else before[lane]):
+                    unit = next(coming)
+                    held[unit.lane].append(_Held(unit, pool.add(next(read)), plan.order(unit)))
+            slots, rows, positions = [], [], []
+            for lane in lanes:
+                for each in held[lane]:
+                    lo, hi = max(before[lane], each.unit.first), min(after[lane], each.unit.last)
+                    if lo < hi:
+                        order = each.order[lo - each.unit.first : hi - each.unit.first]
+                        slots.append(np.full(len(order), each.slot))
+                        rows.append(order)
+                        positions.append(each.unit.start + order)
+            none = np.empty(0, np.int64)
+            piece = pool.take(np.concatenate([none, *slots]), np.concatenate([none, *rows]))
+            for lane in lanes:
+                while held[lane] and held[lane][0].unit.last <= after[lane]:
+                    pool.drop(held[lane].pop(0).slot)
+            before = after
+            yield piece, np.concatenate([none, *positions])
+            del piece
 
 
-def _each(
-    pieces: Generator[tuple[CSR, Positions]], make: Callable[[CSR, Positions], T]
-) -> Generator[T]:
+def _whole(blocks: Generator[CSR], units: list[Unit]) -> Generator[tuple[CSR, Positions]]:
+    with closing(blocks):
+        for unit in units:
+            counts = next(blocks)
+            yield counts, np.arange(unit.start, unit.stop)
+            # Else it is kept alive while the next one is waited for.
+            del counts
+
+
+def _each(pieces: Generator[tuple[CSR, Positions]], make: Callable[[CSR, Positions], T]) -> Generator[T]:
     """``make`` of each piece; whoever closes this closes the reader beneath, at once."""
     with closing(pieces):
         for counts, positions in pieces:

@@ -11,9 +11,9 @@ from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.fields import register, resolve
 from atlasvi.stream import pack, stream_blocks, stream_counts, stream_minibatches
-from atlasvi.stream.minibatch import cut
+from atlasvi.stream.minibatch import gather
 from atlasvi.stream.plan import plan_epoch
-from atlasvi.stream.read import read_buffers
+from atlasvi.stream.read import read_units
 
 
 @pytest.fixture
@@ -96,15 +96,40 @@ def test_codes_of_a_view_belong_to_the_cells_of_the_view(adata, atlas):
         assert (mb.counts.to_scipy() != adata.X[mb.rows.numpy()]).nnz == 0
 
 
-def test_minibatches_that_straddle_buffers_are_whole(adata, atlas):
-    plan = plan_epoch(300, batch_size=64, block_rows=10, buffer_blocks=2, seed=0, epoch=0)
-    buffers = read_buffers(lambda a, b: atlas.read_rows(slice(a, b)), plan, num_workers=2)
-    pieces = list(cut(buffers, plan))
-    assert [c.n_obs for c, _ in pieces] == [64, 64, 64, 64, 44]
-    order = np.concatenate([plan.positions(k) for k in range(plan.n_buffers)])
-    np.testing.assert_array_equal(np.concatenate([p for _, p in pieces]), order)
-    for counts, positions in pieces:
+@pytest.mark.parametrize("start", (0, 1, 4))
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 3), (2, 3)])
+def test_minibatches_are_those_of_the_plan_from_any_on_and_for_any_reader(
+    adata, atlas, start, rank, world_size
+):
+    plan = plan_epoch(300, batch_size=64, block_rows=10, n_lanes=8, seed=0, epoch=0)
+    lanes = range(rank, 8, world_size)
+    units, read_rows = plan.schedule(lanes, start), []
+
+    def read(a, b):
+        read_rows.extend(range(a, b))
+        return atlas.read_rows(slice(a, b))
+
+    pieces = list(gather(read_units(read, units, num_workers=2), units, plan, 60, lanes, start))
+    assert len(pieces) == 5 - start
+    for i, (counts, positions) in enumerate(pieces, start):
+        np.testing.assert_array_equal(positions, plan.positions(i, lanes))
         assert (counts.to_scipy() != adata.X[positions]).nnz == 0
+    # What other readers have, and what came before, is not read.
+    needed = {int(p) // 10 for i in range(start, 5) for p in plan.positions(i, lanes)}
+    assert {row // 10 for row in read_rows} == needed
+
+
+def test_resuming_and_sharing_are_open_to_a_stream(atlas):
+    whole = [rows for _, rows in atlas.stream(32, seed=5, epoch=1)]
+    tail = [rows for _, rows in atlas.stream(32, seed=5, epoch=1, start=4)]
+    for one, other in zip(tail, whole[4:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    shared = [list(atlas.stream(32, seed=5, epoch=1, rank=r, world_size=2)) for r in range(2)]
+    for i, rows in enumerate(whole):
+        np.testing.assert_array_equal(np.sort(np.concatenate([s[i][1] for s in shared])), np.sort(rows))
+    for wrong in ({"start": 99}, {"rank": 2, "world_size": 2}, {"world_size": 0}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            atlas.stream(32, **wrong)
 
 
 def test_breaking_out_of_the_loop_leaves_no_threads(atlas, codes):

@@ -13,14 +13,14 @@ from atlasvi_kernels import CSR
 
 from atlasvi.errors import OptionError
 from atlasvi.stream.plan import plan_epoch
-from atlasvi.stream.read import default_workers, read_buffers, side_by_side
+from atlasvi.stream.read import default_workers, read_units
 
 WORKERS = (0, 1, 2, 4)
 
 
-def plan_of(n_rows, **changes):
-    sizes = {"batch_size": 8, "block_rows": 10, "buffer_blocks": 3, "seed": 0, "epoch": 0}
-    return plan_epoch(n_rows, **{**sizes, **changes})
+def units_of(n_rows, **changes):
+    sizes = {"batch_size": 8, "block_rows": 10, "n_lanes": 3, "seed": 0, "epoch": 0}
+    return plan_epoch(n_rows, **{**sizes, **changes}).schedule()
 
 
 def reader(n_rows):
@@ -36,19 +36,18 @@ def ours():
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_buffers_hold_the_rows_of_the_plan_in_its_order(num_workers):
-    plan, read = plan_of(137), reader(137)
-    buffers = list(read_buffers(read, plan, num_workers=num_workers))
-    assert len(buffers) == plan.n_buffers == 5
-    for k, buffer in enumerate(buffers):
-        np.testing.assert_array_equal(buffer.positions[buffer.order], plan.positions(k))
-        np.testing.assert_array_equal(buffer.counts.row_sums().numpy(), buffer.positions + 1)
+def test_units_come_in_the_order_given(num_workers):
+    units = units_of(137)
+    read = list(read_units(reader(137), units, num_workers=num_workers))
+    assert len(read) == len(units) > 14
+    for unit, counts in zip(units, read, strict=True):
+        np.testing.assert_array_equal(counts.row_sums().numpy(), np.arange(unit.start, unit.stop) + 1)
     assert ours() == []
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_nothing_to_read(num_workers):
-    assert list(read_buffers(reader(0), plan_of(0), num_workers=num_workers)) == []
+    assert list(read_units(reader(0), units_of(0), num_workers=num_workers)) == []
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
@@ -61,7 +60,7 @@ def test_the_readers_own_error_reaches_the_consumer(num_workers):
         return good(start, stop)
 
     with pytest.raises(ValueError, match="a shard is gone") as caught:
-        list(read_buffers(read, plan_of(137, shuffle=False), num_workers=num_workers))
+        list(read_units(read, units_of(137, shuffle=False), num_workers=num_workers))
     assert caught.value is broken
     assert ours() == []
 
@@ -75,17 +74,19 @@ def test_what_was_read_before_an_error_is_still_given(num_workers):
             raise OSError("disk is gone")
         return good(start, stop)
 
-    buffers, got = read_buffers(read, plan_of(137, shuffle=False), num_workers=num_workers), []
+    got = []
     with pytest.raises(OSError, match="disk is gone"):
-        for buffer in buffers:
-            got.extend(buffer.positions)
-    assert got == list(range(60))
+        for counts in read_units(read, units_of(137, shuffle=False), num_workers=num_workers):
+            got.extend(counts.row_sums().tolist())
+    # Units are read a few together, one for each worker: those in hand with the one that fails are lost.
+    read_together = max(num_workers, 1)
+    assert got == list(range(1, 1 + 70 // (10 * read_together) * 10 * read_together))
 
 
 @pytest.mark.parametrize("num_workers", (1, 2, 4))
 @pytest.mark.parametrize("how", ("break", "raise", "close", "interrupt"))
 def test_threads_end_when_the_consumer_stops(num_workers, how):
-    buffers = read_buffers(reader(900), plan_of(900), num_workers=num_workers)
+    buffers = read_units(reader(900), units_of(900), num_workers=num_workers)
     if how == "break":
         for _ in buffers:
             break
@@ -103,28 +104,29 @@ def test_threads_end_when_the_consumer_stops(num_workers, how):
 
 
 def test_a_stream_that_was_never_begun_has_no_threads():
-    buffers = read_buffers(reader(900), plan_of(900), num_workers=2)
+    buffers = read_units(reader(900), units_of(900), num_workers=2)
     assert ours() == []
     buffers.close()
     assert ours() == []
 
 
-@pytest.mark.parametrize("prefetch", (1, 3))
-def test_a_bounded_number_of_buffers_is_decoded_ahead(prefetch):
-    plan, read, calls = plan_of(900, shuffle=False), reader(900), []
+@pytest.mark.parametrize("ahead", (2, 6))
+def test_a_bounded_number_of_units_is_decoded_ahead(ahead):
+    read, calls = reader(900), []
 
     def counting(start, stop):
         calls.append(start)
         return read(start, stop)
 
-    buffers = read_buffers(counting, plan, num_workers=2, prefetch=prefetch)
-    next(buffers)
+    units = read_units(counting, units_of(900, shuffle=False), num_workers=2, ahead=ahead)
+    next(units)
     deadline = time.monotonic() + 5
-    while len(calls) < 3 * (prefetch + 1) and time.monotonic() < deadline:
+    # The one that was taken has left room for another, which is read when there is room for two.
+    while len(calls) < ahead and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.1)  # time in which it could read on, if nothing held it back
-    assert len(calls) == 3 * (prefetch + 1)
-    buffers.close()
+    assert len(calls) == ahead
+    units.close()
 
 
 def test_blocks_are_read_by_as_many_threads_as_asked_for():
@@ -135,28 +137,19 @@ def test_blocks_are_read_by_as_many_threads_as_asked_for():
         time.sleep(0.002)
         return read(start, stop)
 
-    list(read_buffers(naming, plan_of(900), num_workers=3))
+    list(read_units(naming, units_of(900), num_workers=3))
     assert len(names) == 3
     assert all(name.startswith("atlasvi-read") for name in names)
 
 
-@pytest.mark.parametrize(("num_workers", "prefetch"), [(-1, 1), (1, 0)])
-def test_numbers_that_cannot_be_are_named_at_once(num_workers, prefetch):
-    with pytest.raises(OptionError, match=f"num_workers={num_workers}, prefetch={prefetch}"):
-        read_buffers(reader(9), plan_of(9), num_workers=num_workers, prefetch=prefetch)
+@pytest.mark.parametrize(("num_workers", "ahead"), [(-1, 1), (1, 0)])
+def test_numbers_that_cannot_be_are_named_at_once(num_workers, ahead):
+    with pytest.raises(OptionError, match=f"num_workers={num_workers}, ahead={ahead}"):
+        read_units(reader(9), units_of(9), num_workers=num_workers, ahead=ahead)
 
 
 def test_workers_by_default():
     assert 1 <= default_workers() <= 4
-
-
-def test_side_by_side_is_stacking():
-    rng = np.random.default_rng(0)
-    matrices = [sp.random(n, 9, 0.4, format="csr", random_state=rng) for n in (3, 0, 5, 1)]
-    parts = [CSR.from_scipy(m) for m in matrices]
-    stacked = side_by_side(parts)
-    assert parts == []
-    assert (stacked.to_scipy() != sp.vstack(matrices)).nnz == 0
 
 
 def test_leaving_python_amid_an_epoch_does_not_hang():
@@ -164,10 +157,10 @@ def test_leaving_python_amid_an_epoch_does_not_hang():
         import numpy as np, scipy.sparse as sp
         from atlasvi_kernels import CSR
         from atlasvi.stream.plan import plan_epoch
-        from atlasvi.stream.read import read_buffers
+        from atlasvi.stream.read import read_units
         block = CSR.from_scipy(sp.csr_matrix(np.eye(10)))
-        plan = plan_epoch(1000, batch_size=8, block_rows=10, buffer_blocks=2, seed=0, epoch=0)
-        buffers = read_buffers(lambda start, stop: block, plan, num_workers=2)
+        plan = plan_epoch(1000, batch_size=8, block_rows=10, n_lanes=2, seed=0, epoch=0)
+        buffers = read_units(lambda start, stop: block, plan.schedule(), num_workers=2)
         next(buffers)
         print("left")
     """
@@ -184,15 +177,15 @@ def test_ctrl_c_ends_the_process():
         import numpy as np, scipy.sparse as sp
         from atlasvi_kernels import CSR
         from atlasvi.stream.plan import plan_epoch
-        from atlasvi.stream.read import read_buffers
+        from atlasvi.stream.read import read_units
         block = CSR.from_scipy(sp.csr_matrix(np.eye(10)))
         def read(start, stop):
             time.sleep(0.05)
             return block
-        plan = plan_epoch(100_000, batch_size=8, block_rows=10, buffer_blocks=2, seed=0, epoch=0)
+        plan = plan_epoch(100_000, batch_size=8, block_rows=10, n_lanes=2, seed=0, epoch=0)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
-            for _ in read_buffers(read, plan, num_workers=2):
+            for _ in read_units(read, plan.schedule(), num_workers=2):
                 pass
         except KeyboardInterrupt:
             names = ("atlasvi-read", "atlasvi-decode")
