@@ -201,7 +201,7 @@ class CountModel(Generic[Config, Module]):
             enable_progress_bar: show one on standard error.
             seed: of split, order and noise: the same seed gives the same weights.
             num_workers: threads that read; ``None`` one a core, at most 4.
-            memory_budget: bytes that decoded buffers may take; 128 MiB when ``None``.
+            memory_budget: bytes that decoded blocks may take; 128 MiB when ``None``.
             checkpoint: folder to write the run to as it goes.
             checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
             resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
