@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError
 from atlasvi.store.base import Source
+from atlasvi.store.cells import input_names
 from atlasvi.store.counts import as_counts, checked_rows
 from atlasvi.store.fields import match_genes
+from atlasvi.store.genes import Join
+from atlasvi.store.joined import JoinedSource
 from atlasvi.store.obsm import write_obsm
 from atlasvi.store.sources import GroupSource, open_source
 from atlasvi.types import FieldMap
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import anndata
 
 Rows: TypeAlias = "slice | NDArray[Any] | Sequence[int]"
+One: TypeAlias = "str | os.PathLike[str] | Atlas"
 Genes: TypeAlias = "slice | NDArray[Any] | Sequence[int] | Sequence[str] | str"
 
 # Rows this near each other are read together and those between thrown away: a read costs about as much
@@ -34,25 +38,75 @@ _MAX_SPARSE_READ = 1024
 _ROOTS = ("zarr.json", ".zgroup")
 
 
-def open(path: str | os.PathLike[str], *, layer: str | None = None) -> Atlas:
-    """Open an atlas: metadata only, whatever its size.
+def open(
+    path: One | Sequence[One] | Mapping[str, One],
+    *,
+    layer: str | None = None,
+    join: Join = "inner",
+    var_key: str | None = None,
+    input_key: str = "input",
+    make_unique: bool = False,
+) -> Atlas:
+    """Open an atlas: metadata only, whatever its size. Or several as one, without a copy.
+
+    Of several, the cells stand side by side in the order given, genes are matched by name, and a column of
+    obs that all have is one column, categories with the levels of all. A column that one of them lacks is
+    left out, which is logged. The names of the cells are read once, to see that none stands twice; var is
+    that of the first.
 
     Args:
         path: an AnnData Zarr store with counts by cells (what `ingest` writes, or any other), or an
-            ``.h5ad``, which reads far slower.
-        layer: where the counts are: ``None`` for ``X``, a layer's name, or ``"raw"``.
+            ``.h5ad``, which reads far slower; or several of these, or of atlases that are open. A mapping
+            names them; else they are named after their files.
+        layer: where the counts are: ``None`` for ``X``, a layer's name, or ``"raw"``. Atlases that are open
+            already keep their own.
+        join: of several, keep the genes that all have (``"inner"``) or all genes (``"outer"``, absent is 0).
+        var_key: of several, column of var to match genes by; by default their names.
+        input_key: of several, the column of obs that says which one a cell is of; it takes the place of
+            a column of that name in them, which is logged.
+        make_unique: of several, append ``-<name>`` to the names of cells where one repeats, and ``-1``,
+            ``-2``, ... to genes that repeat; by default a repeat is an error.
 
     Raises:
         NotAnAtlasError: there is no AnnData there, or an ingest never finished.
         CorruptError: a file is truncated or damaged.
         OptionError: the layer is not there, or the counts are stored by genes.
+        GenesError: several share no gene, or a gene stands twice in one.
+        CellsError: a cell's name stands twice in several.
 
     Example:
         >>> with open(atlas.path) as opened:
         ...     opened.n_obs > 0
         True
     """
-    path = Path(path)
+    if isinstance(path, Atlas):
+        return path
+    if isinstance(path, str | os.PathLike):
+        return _open_one(Path(path), layer)
+    if not isinstance(path, Sequence | Mapping):
+        raise OptionError(f"a {type(path).__name__} cannot be opened; pass a path, or a list of paths")
+    items = list(path.values()) if isinstance(path, Mapping) else list(path)
+    if not items:
+        raise OptionError("there is nothing to open; give at least one path")
+    if isinstance(path, Mapping):
+        names = [str(name) for name in path]
+    else:
+        names = input_names([(i.path or i) if isinstance(i, Atlas) else i for i in items])
+    opened: list[Atlas] = []
+    try:
+        parts = []
+        for item in items:
+            parts.append(as_atlas(item, layer=layer))
+            if not isinstance(item, Atlas):
+                opened.append(parts[-1])
+        return Atlas(JoinedSource(parts, names, opened, join, var_key, input_key, make_unique=make_unique))
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+
+
+def _open_one(path: Path, layer: str | None) -> Atlas:
     remedy = "make one: atlasvi ingest INPUT -o atlas.zarr"
     if not path.exists():
         raise NotAnAtlasError(f"{str(path)!r} is not an atlas: nothing is there; {remedy}")
@@ -319,15 +373,15 @@ class Atlas:
 
     def _read(self, start: int, stop: int) -> CSR:
         counts = self._source.read_rows(start, stop)
-        if not self._is_ingested and as_counts(counts.data.numpy())[1] >= 0:
+        if not self.is_checked and as_counts(counts.data.numpy())[1] >= 0:
             # Which reads them once more and raises, naming cell, gene and where counts may be.
             checked_rows(self._source, start, stop, np.arange(self._source.shape[1]))
         return counts
 
     @property
-    def _is_ingested(self) -> bool:
+    def is_checked(self) -> bool:
         """Whether `ingest` has made sure that these are counts; what nobody did is checked when read."""
-        return isinstance(self._source, GroupSource) and self._source.attributes is not None
+        return self._source.is_checked
 
     def check_counts(self, at_most: int = 100_000) -> None:
         """Look at the entries of some cells before they are needed; the rest is checked as it is read.
@@ -339,7 +393,7 @@ class Atlas:
         Raises:
             CountsError: an entry that is negative, fractional, NaN, infinite or too large.
         """
-        if self._is_ingested or self.n_obs == 0:
+        if self.is_checked or self.n_obs == 0:
             return
         n_places = 1 if self.n_obs <= at_most else 8
         length = min(self.n_obs, max(1, at_most // n_places))
@@ -470,6 +524,11 @@ class Atlas:
             SpaceError: the disk is full.
             StoreError: it cannot be written there.
         """
+        if isinstance(self._source, JoinedSource):
+            raise OptionError(
+                f"obsm[{key!r}] cannot be written to {self.name!r}, which is several stores as one; write it "
+                "to each: atlasvi.open(path).write_obsm(...), or make one of them: atlasvi.ingest([...], out)"
+            )
         if self._path is None or not self.is_whole:
             raise OptionError(
                 f"obsm[{key!r}] can be written to a whole store on disk, not to {self!r}; "

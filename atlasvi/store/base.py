@@ -44,6 +44,8 @@ class Source(abc.ABC):
 
     layer: str | None = None
     path: Path | None = None
+    is_checked: bool = False
+    """Whether every entry is known to be a count, as where `ingest` made it; else it is checked as read."""
 
     @property
     @abc.abstractmethod

@@ -6,7 +6,6 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 from anndata.io import write_elem
 
 from atlasvi.errors import OptionError
@@ -14,7 +13,7 @@ from atlasvi.store import frame
 from atlasvi.store.base import Extras
 from atlasvi.store.cells import Cells
 from atlasvi.store.genes import GeneJoin
-from atlasvi.store.merge import merge, take
+from atlasvi.store.merge import merge
 from atlasvi.store.space import is_full
 from atlasvi.store.spill import disk_array
 
@@ -64,11 +63,7 @@ class Carrier:
             raise OptionError(
                 f"obs of an input has a column {self._input_key!r} already; pass another input_key="
             )
-        names = self._cells.names
-        dtype = np.min_scalar_type(len(names))
-        codes = np.repeat(np.arange(len(names), dtype=dtype), self._cells.lengths)
-        column = pd.Categorical.from_codes(codes, names)
-        frame.write_column(obs, self._input_key, self._cells.in_order(column))
+        frame.write_column(obs, self._input_key, self._cells.in_order(self._cells.input_column()))
 
     def _write_merged(self, table: Any, part: str, key: str, parts: list[Any]) -> None:
         column = self._cells.in_order(merge(parts, self._cells.lengths))
@@ -81,15 +76,11 @@ class Carrier:
             self.left_out.append(f"{part}[{key!r}]: {error}")
 
     def _write_var(self) -> None:
-        n_vars, rows = len(self._genes.names), self._genes.rows_of_first
-        var = frame.write_frame(self._group, "var", n_vars)
+        var = frame.write_frame(self._group, "var", len(self._genes.names))
         frame.index(var)[...] = self._genes.names
         first, *others = self._sources
         for key in first.var_keys:
-            column = take(first.var_column(key), rows)
-            if len(rows) < n_vars:
-                column = merge([column, None], [len(rows), n_vars - len(rows)])
-            self._write_column(var, "var", key, column)
+            self._write_column(var, "var", key, self._genes.of_first(first.var_column(key)))
         for source in others:
             more = [key for key in source.var_keys if key not in first.var_keys]
             self.left_out += [

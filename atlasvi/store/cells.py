@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,8 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError
+from atlasvi.store import frame
 from atlasvi.store.base import STRING, Source
-from atlasvi.store.frame import to_strings
 from atlasvi.store.merge import take
 from atlasvi.store.spill import disk_array
 
@@ -75,6 +76,12 @@ class Cells:
         """A column that runs through all inputs, in the order of the atlas."""
         return values if self.order is None else take(values, self.order)
 
+    def input_column(self) -> pd.Categorical:
+        """The name of the input of each cell, through all inputs."""
+        dtype = np.min_scalar_type(len(self.names))
+        codes = np.repeat(np.arange(len(self.names), dtype=dtype), self.lengths)
+        return pd.Categorical.from_codes(codes, self.names)
+
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Input and rows of it that are ``start`` to ``stop``, counted through all inputs."""
         for i, (first, last) in enumerate(pairwise(self.offsets.tolist())):
@@ -87,6 +94,12 @@ class Cells:
         for i, source in enumerate(self.sources):
             for start, stop in row_blocks(source, 0, source.shape[0]):
                 yield i, start, stop
+
+    def name_blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Input and rows of it whose names are read at once: the chunks that an atlas has them in."""
+        for i, n in enumerate(self.lengths):
+            for start in range(0, n, frame.NAMES):
+                yield i, start, min(start + frame.NAMES, n)
 
     def read_names(self, i: int, start: int, stop: int) -> NDArray[Any]:
         """Names of rows of input ``i`` as the atlas has them."""
@@ -106,7 +119,7 @@ class Cells:
             if shuffled is None:
                 names = np.concatenate([self.read_names(*part) for part in self.ranges(start, stop)])
             else:
-                names = to_strings(np.asarray(shuffled[start:stop]))
+                names = frame.to_strings(np.asarray(shuffled[start:stop]))
             array[start:stop] = names
 
     def _shuffled_names(self, step: int) -> NDArray[np.bytes_]:
@@ -126,6 +139,15 @@ class Cells:
             width = max(len(name.encode()) for name in names)
             with self._lock:
                 self._width = max(self._width, width)
+
+    def hash_names(self) -> None:
+        """Note the hashes of all names."""
+        for block in self.name_blocks():
+            self.hash_block(*block)
+
+    def forget_hashes(self) -> None:
+        """Let go of the files in scratch; names can still be read."""
+        self._hashes = np.zeros(0, np.uint64)
 
     def check_names(self, *, make_unique: bool) -> None:
         """See that no name stands twice: by 64-bit hashes, as a set of a hundred million names would not fit.
@@ -165,11 +187,12 @@ class Cells:
 
     def _with_hash(self, wanted: NDArray[np.uint64]) -> Iterator[tuple[int, str, int]]:
         """Input, name and row (through all inputs) of the cells whose hash is wanted."""
-        for i, start, stop in self.blocks():
+        for i, start, stop in self.name_blocks():
             hashes = np.asarray(self._hashes[self.rows(i, start, stop)])
-            for b in np.flatnonzero(np.isin(hashes, wanted)).tolist():
-                name = str(self.sources[i].read_names(start + b, start + b + 1)[0])
-                yield i, name, int(self.offsets[i]) + start + b
+            found = np.flatnonzero(np.isin(hashes, wanted))
+            names = self.sources[i].read_names(start, stop) if len(found) else np.zeros(0, STRING)
+            for b in found.tolist():
+                yield i, str(names[b]), int(self.offsets[i]) + start + b
 
     def _rename(self, repeated: NDArray[np.uint64]) -> None:
         """Number the cells that share a name in one input; append the input where there are several."""
@@ -179,12 +202,27 @@ class Cells:
             if n:
                 self._numbers[row] = f"-{n}"
         self._append_input = len(self.sources) > 1
-        for block in self.blocks():
-            self.hash_block(*block)
+        self.hash_names()
         if len(self._repeated()):
             raise CellsError(
                 "cell names still repeat after make_unique appended to them; rename the cells of the inputs"
             )
+
+
+def input_names(items: list[Any]) -> list[str]:
+    """Names of files without their endings, made different where they are not."""
+    names = []
+    for k, item in enumerate(items):
+        if isinstance(item, (str, os.PathLike)):
+            names.append(Path(os.path.abspath(item)).stem)
+        else:
+            names.append(str(getattr(item, "name", f"AnnData-{k}")))
+    if len(set(names)) == len(names):
+        return names
+    paths = [
+        str(item) if isinstance(item, (str, os.PathLike)) else n for item, n in zip(items, names, strict=True)
+    ]
+    return paths if len(set(paths)) == len(paths) else [f"{k}-{name}" for k, name in enumerate(names)]
 
 
 def row_blocks(source: Source, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from atlasvi.errors import GenesError, OptionError
 from atlasvi.store import frame
 from atlasvi.store.base import STRING, Source
+from atlasvi.store.merge import merge, take
 
 Join = Literal["inner", "outer"]
 _VERSIONED = re.compile(r"ENS[A-Z]*\d{11}\.\d+(_PAR_Y)?")
@@ -31,6 +32,13 @@ class GeneJoin:
     names: NDArray[Any]
     column_of: tuple[NDArray[np.int64], ...]
     rows_of_first: NDArray[np.int64]
+
+    def of_first(self, column: Any) -> Any:
+        """A column of the first input's var in the order of the atlas; missing where it lacks the gene."""
+        column, n_more = take(column, self.rows_of_first), len(self.names) - len(self.rows_of_first)
+        if n_more == 0:
+            return column
+        return merge([column, None], [len(self.rows_of_first), n_more])
 
 
 def join_genes(sources: list[Source], join: Join, var_key: str | None, make_unique: bool) -> GeneJoin:

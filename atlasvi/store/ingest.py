@@ -24,7 +24,7 @@ import zarr
 from atlasvi.errors import OptionError, StoreError
 from atlasvi.store.base import Source
 from atlasvi.store.carry import Carrier
-from atlasvi.store.cells import Cells
+from atlasvi.store.cells import Cells, input_names
 from atlasvi.store.convert import Conversion, Effort
 from atlasvi.store.genes import GeneJoin, Join, join_genes
 from atlasvi.store.sources import FORMAT, open_source
@@ -216,7 +216,7 @@ def _open_all(inputs: Any, layer: str | None, scratch: Path) -> tuple[list[Sourc
     else:
         single = isinstance(inputs, (str, os.PathLike, anndata.AnnData)) or hasattr(inputs, "read_rows")
         items = [inputs] if single else list(inputs)
-        names = _input_names(items)
+        names = input_names(items)
     if not items:
         raise OptionError("there is nothing to ingest; give at least one input")
     sources: list[Source] = []
@@ -229,22 +229,6 @@ def _open_all(inputs: Any, layer: str | None, scratch: Path) -> tuple[list[Sourc
             source.close()
         raise
     return sources, names
-
-
-def _input_names(items: list[Any]) -> list[str]:
-    """Names of files without their endings, made different where they are not."""
-    names = []
-    for k, item in enumerate(items):
-        if isinstance(item, (str, os.PathLike)):
-            names.append(Path(os.path.abspath(item)).stem)
-        else:
-            names.append(str(getattr(item, "name", f"AnnData-{k}")))
-    if len(set(names)) == len(names):
-        return names
-    paths = [
-        str(item) if isinstance(item, (str, os.PathLike)) else n for item, n in zip(items, names, strict=True)
-    ]
-    return paths if len(set(paths)) == len(paths) else [f"{k}-{name}" for k, name in enumerate(names)]
 
 
 def _check_out(out: Path, overwrite: bool, inputs: Any) -> None:

@@ -215,6 +215,7 @@ class GroupSource(Source):
     def __init__(self, group: Any, path: Path, layer: str | None) -> None:
         self._group, self.path, self.layer = group, path, layer
         self._format = dict(group.attrs).get("atlasvi")
+        self.is_checked = self._format is not None
         if self._format is not None and int(self._format["format"]) > FORMAT:
             raise StoreError(
                 f"{str(path)!r} has format {self._format['format']}, made by a newer atlasvi; this one reads "
