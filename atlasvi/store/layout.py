@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 CHUNK_ENTRIES = 1 << 16
+# With the narrowest types, uint16 for genes and uint8 for counts; wider ones have fewer.
 CHUNKS_PER_SHARD = 32
+_NARROWEST = 3
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 
 
@@ -53,8 +55,10 @@ class Layout:
 def choose_layout(nnz: int, n_vars: int, max_count: int) -> Layout:
     """The layout for a matrix of this size.
 
-    Chunks are 65,536 entries and shards 32 chunks; a matrix smaller than a chunk takes chunks of the
-    next power of two, so that a small file does not pay for a large one's buffers.
+    Chunks are 65,536 entries and shards as many as decode to 6 MB, so that writing one takes the same
+    memory however large the counts are: 32 chunks where an entry is 3 bytes, 24 where it is 4. A matrix
+    smaller than a chunk takes chunks of the next power of two, so that a small file does not pay for a
+    large one's buffers.
 
     Args:
         nnz: number of entries, >= 0.
@@ -62,8 +66,10 @@ def choose_layout(nnz: int, n_vars: int, max_count: int) -> Layout:
         max_count: largest count, at most 2**32 - 1.
     """
     chunk = min(CHUNK_ENTRIES, 1 << max(0, int(max(nnz, 1) - 1).bit_length()))
-    per_shard = min(CHUNKS_PER_SHARD, -(-max(nnz, 1) // chunk))
-    return Layout(int(nnz), chunk, chunk * per_shard, index_dtype(n_vars), count_dtype(max_count))
+    index, count = index_dtype(n_vars), count_dtype(max_count)
+    per_shard = max(1, CHUNKS_PER_SHARD * _NARROWEST // (index.itemsize + count.itemsize))
+    per_shard = min(per_shard, -(-max(nnz, 1) // chunk))
+    return Layout(int(nnz), chunk, chunk * per_shard, index, count)
 
 
 def index_dtype(n_vars: int) -> np.dtype[Any]:

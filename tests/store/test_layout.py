@@ -40,6 +40,14 @@ def test_shards_cover_every_entry_once_and_are_whole_chunks(nnz):
     assert layout.chunk == 65_536 or layout.chunk < 2 * max(nnz, 1)
 
 
+@pytest.mark.parametrize("n_vars", [1_000, 70_000])
+@pytest.mark.parametrize("largest", [9, 300, 70_000])
+def test_a_shard_decodes_to_about_six_megabytes_whatever_the_types(n_vars, largest):
+    layout = choose_layout(10**9, n_vars, largest)
+    n_bytes = layout.shard * (layout.index_dtype.itemsize + layout.data_dtype.itemsize)
+    assert 0.9 * 6 * 2**20 < n_bytes <= 6 * 2**20
+
+
 def test_anndata_reads_the_narrow_types(tmp_path):
     """AnnData's own reader, eager and by rows, on uint16 indices and uint8 counts with our codecs."""
     counts = sp.random(50, 300, 0.2, "csr", random_state=0, data_rvs=lambda n: np.arange(n) % 255 + 1)
