@@ -202,6 +202,8 @@ class Conversion:
                 skip, end = max(0, first - at), min(len(columns), last - at)
                 indices[at + skip - first : at + end - first] = columns[skip:end]
                 data[at + skip - first : at + end - first] = counts[skip:end]
+                # Else they stay until the next block is read.
+                del columns, counts
 
 
 class _Shuffled(Source):
