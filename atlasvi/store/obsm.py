@@ -113,21 +113,23 @@ def _chunk_rows(shape: tuple[int, int]) -> int:
 def _fill(array: Any, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
     """Write blocks one after another, whole chunks at a time so that none is written twice."""
     n_obs, width = shape
-    chunk_rows = _chunk_rows(shape)
-    held, n_held, row = [], 0, 0
+    # Copied at once into one array: small blocks kept until the next chunk lie between the large ones that
+    # the readers take and free, and the heap grows around them.
+    chunk = np.empty((_chunk_rows(shape), width), np.float32)
+    n_held = row = 0
     for block in blocks:
         values = np.asarray(block, dtype=np.float32)
         if values.ndim != 2 or values.shape[1] != width:
             raise OptionError(f"a block of {values.shape} was given where (rows, {width}) is to be written")
-        held.append(values)
-        n_held += len(values)
-        if n_held >= chunk_rows:
-            values = np.concatenate(held)
-            n_whole = n_held - n_held % chunk_rows
-            _put(array, row, values[:n_whole])
-            held, n_held, row = [values[n_whole:].copy()], n_held - n_whole, row + n_whole
+        while len(values):
+            n = min(len(chunk) - n_held, len(values))
+            chunk[n_held : n_held + n] = values[:n]
+            values, n_held = values[n:], n_held + n
+            if n_held == len(chunk):
+                _put(array, row, chunk)
+                row, n_held = row + n_held, 0
     if n_held:
-        _put(array, row, np.concatenate(held))
+        _put(array, row, chunk[:n_held])
     if row + n_held != n_obs:
         raise OptionError(
             f"{row + n_held} rows were given to be written for {n_obs} cells; give one row a cell"

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import anndata
@@ -396,6 +397,23 @@ def test_obsm_of_many_chunks(tmp_path, monkeypatch):
     array = zarr.open_array(tmp_path / "a.zarr" / "obsm" / "X", mode="r")
     assert array.nchunks == 14
     np.testing.assert_array_equal(array[:], latent)
+
+
+def test_obsm_keeps_no_block_once_it_is_copied(store):
+    """Small blocks kept amid the large ones of a stream would hold on to the heap around them."""
+    blocks, alive = [], []
+
+    def made():
+        for _ in range(30):
+            block = np.zeros((10, 4), np.float32)
+            blocks.append(weakref.ref(block))
+            yield block
+            del block
+            alive.append(sum(ref() is not None for ref in blocks))
+
+    module.open(store).write_obsm("X_scVI", made(), 4)
+    # The last one: the loop's own.
+    assert max(alive) <= 1
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
