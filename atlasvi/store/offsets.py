@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _STEP = 64
-_PIECE = 1 << 20
+# As the chunks that ingest writes, so that each is decoded once; a multiple of the step.
+_PIECE = 1 << 18
 
 
 class Offsets:
@@ -34,13 +35,14 @@ class Offsets:
         self.falls = False
         lengths: list[NDArray[Any]] = []
         sums: list[NDArray[np.int64]] = []
+        before = np.zeros(0, np.int64)
         for start in range(0, self._n, _PIECE):
-            # One more than the piece, for the length of its last row.
-            piece = np.asarray(indptr[start : start + _PIECE + 1], np.int64)
-            length = np.diff(piece)
-            self.falls = self.falls or bool((length < 0).any())
+            piece = np.asarray(indptr[start : start + _PIECE], np.int64)
+            length = np.diff(piece, prepend=before)
+            before = piece[-1:].copy()
+            self.falls = self.falls or bool(length.min(initial=0) < 0)
             lengths.append(length.astype(np.min_scalar_type(int(length.max(initial=0)))))
-            sums.append(piece[:_PIECE:_STEP].copy())
+            sums.append(piece[::_STEP].copy())
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.uint8)
         self._sums = np.concatenate(sums) if sums else np.zeros(0, np.int64)
 
