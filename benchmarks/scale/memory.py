@@ -1,9 +1,9 @@
 """Peak memory of each stage against the number of cells: `python -m benchmarks.scale.memory`.
 
 Every measurement is a process of its own. It imports what the stage needs, notes its anonymous memory, runs
-the stage on a tiny atlas so that compiled code is loaded, notes its anonymous memory again (the level), and then
-runs the stage while a thread samples that memory. What is reported is the peak above the level, and the peak
-above import, where the price of compiled code and thread pools is in it as it is for a user.
+the stage on a tiny atlas so that compiled code is loaded, notes its anonymous memory again (the level), and
+then runs the stage while a thread samples that memory. What is reported is the peak above the level, and the
+peak above import, where the price of compiled code and thread pools is in it as it is for a user.
 
 Stages, each on what the one before it left in the folder:
 
@@ -31,6 +31,7 @@ the others pass.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -198,6 +199,8 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
         with Watch(interval=0.002) as watch:
             for _ in range(1 if stage == "train" else setting.times(n)):
                 ready()
+                # What one repeat leaves to the garbage collector is no part of the next.
+                gc.collect()
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for the processor's memory.
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
