@@ -6,10 +6,14 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from atlasvi.store.atlas import Atlas
 
 app = typer.Typer(
     name="atlasvi",
@@ -78,21 +82,32 @@ def ingest(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="An atlas or a model folder.")],
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read the counts of an atlas too, and sum them up.")
+    ] = False,
+    batch_key: Annotated[
+        str | None, typer.Option(help="With --stats: column of obs to show library sizes by.")
+    ] = None,
 ) -> None:
     """Show what is in an atlas or a model.
 
-    Example: atlasvi info atlas.zarr
+    Example: atlasvi info atlas.zarr --stats --batch-key donor
     """
     from rich.console import Console
     from rich.table import Table
 
+    from atlasvi.errors import OptionError
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, read_description
 
+    if batch_key is not None and not stats:
+        raise OptionError(f"--batch-key {batch_key!r} says how to show statistics; pass --stats too")
     console = Console(soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
     if (path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_dir():
+        if stats:
+            raise OptionError(f"--stats sums up counts, and {str(path)!r} is a model; leave it out")
         description = read_description(path)
         fields, records = description["fields"], description["records"]
         table.add_row("model", description["model"])
@@ -132,7 +147,42 @@ def info(
             table.add_row(f"obs {key}", what)
         for key in atlas.var_keys:
             table.add_row(f"var {key}", str(atlas.var_column(key).dtype))
+        if stats:
+            for row in _statistics(atlas, batch_key):
+                table.add_row(*row)
     console.print(table)
+
+
+def _statistics(atlas: Atlas, batch_key: str | None) -> Iterator[tuple[str, str]]:
+    """What `info --stats` says, line by line."""
+    import numpy as np
+
+    from atlasvi.store.stats import KNOWN_SETS, starts_with
+
+    has_mt = bool(starts_with(atlas.var_names, KNOWN_SETS["mt"]).any())
+    found = atlas.statistics(batch_key=batch_key, gene_sets={"mt": "mt"} if has_mt else None)
+    yield "counts a cell", _spread(found.total_counts)
+    yield "genes a cell", _spread(found.n_genes)
+    yield "non-zeros", f"{found.nnz:,}, {found.density:.2%} of the entries"
+    yield "genes never seen", f"{int((found.n_cells == 0).sum()):,}"
+    yield "cells without counts", f"{int((found.total_counts == 0).sum()):,}"
+    share = found.mean / max(found.mean.sum(), 1e-300)
+    top = np.argsort(-share, kind="stable")[:5]
+    yield "most of the counts", ", ".join(f"{found.var_names[g]} {share[g]:.1%}" for g in top)
+    if has_mt:
+        low, middle, high = np.quantile(found.shares["mt"], [0.05, 0.5, 0.95])
+        yield "mitochondrial share", f"median {middle:.1%}, 5 % to 95 %: {low:.1%} to {high:.1%}"
+    moments = zip(found.library.log_mean, found.library.log_var, strict=True)
+    for level, n, (mean, var) in zip(found.batches, found.batch_cells, moments, strict=True):
+        name = f"{batch_key} {level}" if batch_key else "library size"
+        yield name, f"{n:,} cells, log counts: mean {mean:.3f}, variance {var:.3f}"
+
+
+def _spread(values: Any) -> str:
+    import numpy as np
+
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return f"median {middle:,.0f}, 5 % to 95 %: {low:,.0f} to {high:,.0f}"
 
 
 @app.command()

@@ -162,6 +162,20 @@ def test_info_tells_of_atlas_and_model(made):
         assert word in model
 
 
+def test_info_sums_up_the_counts_when_asked(made):
+    folder, _ = made
+    counts = anndata.read_h5ad(folder / "cells.h5ad").X.toarray()
+    said = atlasvi("info", "atlas.zarr", "--stats", "--batch-key", "batch", cwd=folder).stdout
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert f"median {np.median(counts.sum(1)):,.0f}, 5 %" in lines["counts a cell"]
+    assert f"median {np.median((counts > 0).sum(1)):,.0f}, 5 %" in lines["genes a cell"]
+    assert f"{(counts > 0).sum():,}, {(counts > 0).mean():.2%}" in lines["non-zeros"]
+    share = counts.sum(0) / counts.sum()
+    assert f"gene-{share.argmax()} {share.max():.1%}, " in lines["most of the counts"]
+    assert "log counts: mean" in lines["batch b1"] and "log counts: mean" in lines["batch b2"]
+    assert "mitochondrial" not in said
+
+
 def test_latents_go_into_an_h5ad_that_is_named(made, tmp_path):
     folder, _ = made
     path = tmp_path / "cells.h5ad"
@@ -273,6 +287,7 @@ def test_what_is_there_is_not_written_over(arguments, words, made, error_of):
         (["latent", "model", "model"], "not an atlas"),
         (["latent", "model", "atlas.zarr", "-o", "nothing.h5ad"], "nothing.h5ad"),
         (["info", "nothing"], "'nothing'"),
+        (["info", "nothing", "--batch-key", "donor"], "--stats"),
         (["train", "atlas.zarr", "-o", "new", "--likelihood", "normal", "--gene-mask", "none"], "'normal'"),
         (["train", "atlas.zarr", "-o", "new", "--gene-mask", "mine"], "'mine'"),
         (["train", "atlas.zarr", "-o", "new", "--resume", "--gene-mask", "none"], "no checkpoint"),

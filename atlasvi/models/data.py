@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,6 +12,7 @@ from atlasvi.errors import OptionError
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import Codes, from_uns
+from atlasvi.store.stats import LibraryMoments, LogTotals, count_cells
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
@@ -21,29 +21,12 @@ if TYPE_CHECKING:
 Data: TypeAlias = "Atlas | anndata.AnnData | str | Path"
 
 
-@dataclass(frozen=True, slots=True)
-class LibraryMoments:
-    """Empirical mean and variance of the log of the cells' totals, batch by batch (natural log)."""
-
-    log_mean: tuple[float, ...]
-    log_var: tuple[float, ...]
-
-
 def library_moments(atlas: Atlas, codes: Codes, n_batch: int) -> LibraryMoments:
     """One pass over the cells; cells without counts are left out, as scvi-tools does."""
-    n, total, square = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
+    moments, no_sets = LogTotals(n_batch), np.zeros((0, len(codes.gene_columns)), bool)
     for counts, positions in atlas.iter_blocks(columns=codes.gene_columns):
-        sums = counts.row_sums().double().numpy()
-        filled = sums > 0
-        log_total = np.log(sums[filled])
-        batch = codes.batch_index[positions][filled].astype(np.int64)
-        n += np.bincount(batch, minlength=n_batch)
-        total += np.bincount(batch, log_total, n_batch)
-        square += np.bincount(batch, log_total**2, n_batch)
-    mean = total / np.maximum(n, 1)
-    var = np.maximum(square / np.maximum(n, 1) - mean**2, 0)
-    # A batch of one cell has no spread; a prior of no width would be a division by zero.
-    return LibraryMoments(tuple(mean.tolist()), tuple(np.maximum(var, 1e-4).tolist()))
+        moments.add(count_cells(counts, no_sets).totals, codes.batch_index[positions])
+    return moments.result()
 
 
 def registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
@@ -84,3 +67,6 @@ def split_cells(
     order = order.astype(np.int32 if n_obs < 1 << 31 else np.int64)
     cuts = np.split(order, [n_train, n_train + n_validation])
     return np.sort(cuts[0]), np.sort(cuts[1]), np.sort(cuts[2])
+
+
+__all__ = ["Data", "LibraryMoments", "library_moments", "registered", "split_cells"]

@@ -166,6 +166,16 @@ def match_genes(names: Sequence[str], atlas: Atlas) -> NDArray[np.int64]:
     return columns
 
 
+def level_codes(atlas: Atlas, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """``(n_obs,)`` codes of a column of obs, and the levels its cells have; ``("0",)`` without a key.
+
+    Raises:
+        ObsError: the column is missing or has gaps.
+    """
+    levels = _levels(atlas, key)
+    return _codes(atlas, key, levels), levels
+
+
 def uns_entry(field_map: FieldMap) -> str:
     """The registration as the text that stands in ``adata.uns["atlasvi"]``."""
     return field_map.to_json()
@@ -355,6 +365,7 @@ __all__ = [
     "Codes",
     "as_level",
     "from_uns",
+    "level_codes",
     "match_genes",
     "register",
     "resolve",
