@@ -118,7 +118,17 @@ def _open_one(path: Path, layer: str | None) -> Atlas:
     if not isinstance(source, GroupSource):
         source.close()
         raise NotAnAtlasError(f"{str(path)!r} is not an atlas but an input for one; {remedy}")
-    return Atlas(source, path=path)
+    return Atlas(_by_cells(source), path=path)
+
+
+def _by_cells(source: Source) -> Source:
+    if source.by_genes:
+        source.close()
+        raise OptionError(
+            f"{source.name!r} {source.place} is stored as csc_matrix, by genes, and cannot be read by cells; "
+            "make an atlas of it: atlasvi.ingest(..., 'atlas.zarr'), or convert it: adata.X = adata.X.tocsr()"
+        )
+    return source
 
 
 def as_atlas(data: Atlas | anndata.AnnData | str | os.PathLike[str], *, layer: str | None = None) -> Atlas:
@@ -175,7 +185,7 @@ class Atlas:
             adata: the data; it is read where it is, not copied and not changed.
             layer: a layer's name, ``"raw"``, or ``None`` for ``X``.
         """
-        return cls(open_source(adata, layer))
+        return cls(_by_cells(open_source(adata, layer)))
 
     # --- what it is -----------------------------------------------------------------------------
 

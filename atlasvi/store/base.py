@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Source(abc.ABC):
     path: Path | None = None
     is_checked: bool = False
     """Whether every entry is known to be a count, as where `ingest` made it; else it is checked as read."""
+    by_genes: bool = False
+    """Whether the counts are stored by genes, and put into rows on disk before the first can be read."""
 
     @property
     @abc.abstractmethod
@@ -110,6 +112,12 @@ class Source(abc.ABC):
     def obsm_frame(self, key: str) -> Any:
         """One table of obsm, as a ``pd.DataFrame``."""
         raise KeyError(key)
+
+    def values(self, n: int) -> Iterator[NDArray[Any]]:
+        """Some of the values, to see what kind they are: those of up to ``n`` cells from three places."""
+        n_obs = self.shape[0]
+        for start in sorted({0, max(0, (n_obs - n) // 2), max(0, n_obs - n)}):
+            yield self.read_rows(start, min(n_obs, start + n)).numpy()[2]
 
     def other(self, layer: str | None) -> Source:
         """The same cells with the counts taken from somewhere else (one of ``extras().elsewhere``)."""

@@ -72,7 +72,7 @@ def _where_else(source: Source) -> str:
         try:
             other = source.other(None if layer == "X" else layer)
             holds = _looks_like_counts(other)
-        except OptionError:  # stored by columns, or not numbers: cannot be offered
+        except OptionError:  # of a kind that is not known, or not numbers: cannot be offered
             continue
         if holds:
             how = "leave layer out" if layer == "X" else f"pass layer={layer!r}"
@@ -81,10 +81,8 @@ def _where_else(source: Source) -> str:
 
 
 def _looks_like_counts(source: Source) -> bool:
-    n = source.shape[0]
     some = False
-    for start in sorted({0, max(0, n // 2 - _SAMPLE_ROWS // 2), max(0, n - _SAMPLE_ROWS)}):
-        values = source.read_rows(start, min(n, start + _SAMPLE_ROWS)).numpy()[2]
+    for values in source.values(_SAMPLE_ROWS):
         if as_counts(values)[1] >= 0:
             return False
         some = some or bool(values.any())

@@ -298,7 +298,7 @@ def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
         folder: of a Zarr group on a local disk, else ``None``.
 
     Raises:
-        OptionError: a matrix stored by columns.
+        OptionError: a matrix of a kind that is not known.
     """
     node = group[key]
     if not hasattr(node, "keys"):

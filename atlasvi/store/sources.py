@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from atlasvi.errors import CorruptError, NotAnAtlasError, OptionError, StoreError
 from atlasvi.store import frame
 from atlasvi.store.base import Extras, Source
+from atlasvi.store.columns import ColumnRows
 from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, reading
 
 FORMAT = 1
@@ -35,16 +37,17 @@ def open_source(
         what: an AnnData ``.h5ad`` or ``.zarr`` (an atlas is one), a 10x ``.h5``, a folder with
             ``matrix.mtx``, an AnnData (in memory, backed or lazy), or any `Source`, returned as it is.
         layer: where the counts are: ``None`` for ``X``, the name of a layer, or ``"raw"`` for ``raw.X``.
-        scratch: folder for temporary files (Matrix Market is converted on disk); by default the system's.
+        scratch: folder for temporary files (Matrix Market, and what is stored by genes, is put into rows on
+            disk); by default the system's.
 
     Raises:
         StoreError: no such file, or one in a format that is not known.
         NotAnAtlasError: a folder that is none of these, or that an ingest never finished.
         CorruptError: a truncated or damaged file.
-        OptionError: the layer is not there, or the matrix is stored by columns.
+        OptionError: the layer is not there, or the matrix is of a kind that is not known.
     """
     if isinstance(what, anndata.AnnData):
-        return AnnDataSource(what, layer)
+        return AnnDataSource(what, layer, scratch)
     if not isinstance(what, (str, Path)):
         if not hasattr(what, "read_rows"):
             kind = type(what).__name__
@@ -57,7 +60,7 @@ def open_source(
         path = path.parent
     if path.is_dir():
         return _open_folder(path, layer, scratch)
-    return _open_hdf5(path, layer)
+    return _open_hdf5(path, layer, scratch)
 
 
 def _as_it_is(what: Any, layer: str | None) -> Source:
@@ -85,10 +88,10 @@ def _open_folder(path: Path, layer: str | None, scratch: Path | None) -> Source:
         raise NotAnAtlasError(
             f"{str(path)!r} is a Zarr store but not an AnnData (an ingest that never finished?); ingest again"
         )
-    return GroupSource(group, path, layer)
+    return GroupSource(group, path, layer, scratch)
 
 
-def _open_hdf5(path: Path, layer: str | None) -> Source:
+def _open_hdf5(path: Path, layer: str | None, scratch: Path | None) -> Source:
     with path.open("rb") as file:
         if file.read(8) != b"\x89HDF\r\n\x1a\n":
             raise StoreError(
@@ -100,17 +103,17 @@ def _open_hdf5(path: Path, layer: str | None) -> Source:
     except OSError as error:
         raise CorruptError(f"{str(path)!r} is truncated ({error}); copy it again") from error
     try:
-        return _hdf5_source(group, path, layer)
+        return _hdf5_source(group, path, layer, scratch)
     except BaseException:
         group.close()
         raise
 
 
-def _hdf5_source(group: h5py.File, path: Path, layer: str | None) -> Source:
+def _hdf5_source(group: h5py.File, path: Path, layer: str | None, scratch: Path | None) -> Source:
     if "obs" in group and "var" in group:
         if not isinstance(group["obs"], h5py.Group):
             raise StoreError(f"{str(path)!r} is of anndata < 0.7; read it with anndata and write it again")
-        return GroupSource(group, path, layer)
+        return GroupSource(group, path, layer, scratch)
     tables = [key for key in group if isinstance(group[key], h5py.Group) and "barcodes" in group[key]]
     if len(tables) == 1:
         _only_x(path, layer)
@@ -212,8 +215,8 @@ class OtherSource(Source):
 class GroupSource(Source):
     """An AnnData in an HDF5 file or a Zarr store."""
 
-    def __init__(self, group: Any, path: Path, layer: str | None) -> None:
-        self._group, self.path, self.layer = group, path, layer
+    def __init__(self, group: Any, path: Path, layer: str | None, scratch: Path | None = None) -> None:
+        self._group, self.path, self.layer, self._scratch = group, path, layer, scratch
         self._format = dict(group.attrs).get("atlasvi")
         self.is_checked = self._format is not None
         if self._format is not None and int(self._format["format"]) > FORMAT:
@@ -227,7 +230,13 @@ class GroupSource(Source):
             raise StoreError(f"{str(path)!r} has no {self._place}; name the layer with counts: layer=...")
         self._var = group["raw/var"] if key == "raw/X" else group["var"]
         is_ours = self._format is not None and isinstance(group, zarr.Group)
-        self._rows: Rows = group_rows(group, key, f"{str(path)!r} {self._place}", path if is_ours else None)
+        place = f"{str(path)!r} {self._place}"
+        self.by_genes = _is_by_genes(group[key])
+        self._rows: Rows = (
+            ColumnRows(group[key], place, scratch)
+            if self.by_genes
+            else group_rows(group, key, place, path if is_ours else None)
+        )
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -326,10 +335,16 @@ class GroupSource(Source):
     def other(self, layer: str | None) -> Source:
         """The same file, another matrix."""
         assert self.path is not None
-        return GroupSource(self._group, self.path, layer)
+        return GroupSource(self._group, self.path, layer, self._scratch)
+
+    def values(self, n: int) -> Iterator[NDArray[Any]]:
+        """Some values."""
+        return self._rows.values(n) if isinstance(self._rows, ColumnRows) else super().values(n)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and remove what was put into rows."""
+        if isinstance(self._rows, ColumnRows):
+            self._rows.close()
         if isinstance(self._group, h5py.File):
             self._group.close()
 
@@ -337,9 +352,9 @@ class GroupSource(Source):
 class AnnDataSource(Source):
     """An AnnData object: in memory, backed by a file, or lazy."""
 
-    def __init__(self, adata: anndata.AnnData, layer: str | None) -> None:
+    def __init__(self, adata: anndata.AnnData, layer: str | None, scratch: Path | None = None) -> None:
         self.layer = layer
-        self._adata = adata
+        self._adata, self._scratch = adata, scratch
         layers = [str(key) for key in adata.layers]
         key, self._place = _matrix_place(layer, layers, adata.raw is not None, "AnnData")
         raw = key == "raw/X"
@@ -348,14 +363,8 @@ class AnnDataSource(Source):
             raise OptionError("AnnData has no X; name the layer that holds counts: layer=...")
         if adata.isbacked and adata.is_view:
             raise OptionError("this is a view of a backed AnnData; pass adata.to_memory(), or all of it")
-        on_disk = isinstance(matrix, (h5py.Dataset, anndata.abc.CSRDataset))
-        if isinstance(matrix, anndata.abc.CSCDataset):
-            raise OptionError(
-                f"AnnData {self._place} is stored as csc_matrix, which cannot be read by cells; convert it "
-                "first: adata.X = adata.X.tocsr(), then write it again"
-            )
-        reader = BackedRows if on_disk else MemoryRows
-        self._rows: Rows = reader(matrix, f"AnnData {self._place}")
+        self._rows = _anndata_rows(matrix, f"AnnData {self._place}", scratch)
+        self.by_genes = isinstance(self._rows, ColumnRows)
         self._var = adata.raw.var if raw else adata.var
 
     @property
@@ -435,7 +444,27 @@ class AnnDataSource(Source):
 
     def other(self, layer: str | None) -> Source:
         """The same object, another matrix."""
-        return AnnDataSource(self._adata, layer)
+        return AnnDataSource(self._adata, layer, self._scratch)
+
+    def values(self, n: int) -> Iterator[NDArray[Any]]:
+        """Some values."""
+        return self._rows.values(n) if isinstance(self._rows, ColumnRows) else super().values(n)
+
+    def close(self) -> None:
+        """Remove what was put into rows; the AnnData stays as it is."""
+        if isinstance(self._rows, ColumnRows):
+            self._rows.close()
+
+
+def _anndata_rows(matrix: Any, place: str, scratch: Path | None) -> Rows:
+    if isinstance(matrix, anndata.abc.CSCDataset):
+        return ColumnRows(matrix.group, place, scratch)
+    on_disk = isinstance(matrix, (h5py.Dataset, anndata.abc.CSRDataset))
+    return BackedRows(matrix, place) if on_disk else MemoryRows(matrix, place)
+
+
+def _is_by_genes(node: Any) -> bool:
+    return hasattr(node, "keys") and node.attrs.get("encoding-type") == "csc_matrix"
 
 
 class TenxSource(Source):

@@ -220,16 +220,6 @@ def test_dense_on_disk_is_read_by_rows(make, tmp_path):
     source.close()
 
 
-@pytest.mark.parametrize("make", ANNDATA.values(), ids=ANNDATA)
-def test_by_column_on_disk_names_the_remedy(make, tmp_path):
-    if make is ANNDATA["memory"]:
-        pytest.skip("in memory it is converted")
-    adata = small()
-    adata.X = adata.X.tocsc()
-    with pytest.raises(OptionError, match=r"csc_matrix.*adata\.X = adata\.X\.tocsr\(\)"):
-        open_source(make(adata, tmp_path))
-
-
 def test_other_features_of_10x_are_left_out_and_named(tmp_path):
     adata = small()
     write_10x(adata, tmp_path / "cite.h5", antibodies=4)
