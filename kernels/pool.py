@@ -9,6 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from .csr import CSR
@@ -121,7 +122,7 @@ def _pointer(_context, address):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy", nogil=True, cache=True)
 def _count(addresses, slots, rows, out_indptr):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
-        indptr = numba.carray(_pointer(addresses[slots[i], 0]), (rows[i] + 2,), np.int64)
+        indptr = carray(_pointer(addresses[slots[i], 0]), (rows[i] + 2,), np.int64)
         out_indptr[i + 1] = out_indptr[i] + indptr[rows[i] + 1] - indptr[rows[i]]
 
 
@@ -129,7 +130,7 @@ def _count(addresses, slots, rows, out_indptr):  # type: ignore[no-untyped-def]
 def _copy(addresses, slots, rows, out_indptr, indices, data, index_size, data_size):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         slot = slots[i]
-        first = numba.carray(_pointer(addresses[slot, 0]), (rows[i] + 2,), np.int64)[rows[i]]
+        first = carray(_pointer(addresses[slot, 0]), (rows[i] + 2,), np.int64)[rows[i]]
         n, to = out_indptr[i + 1] - out_indptr[i], out_indptr[i]
         _copy_bytes(addresses[slot, 1], first * index_size, n * index_size, indices, to * index_size)
         _copy_bytes(addresses[slot, 2], first * data_size, n * data_size, data, to * data_size)
@@ -137,6 +138,6 @@ def _copy(addresses, slots, rows, out_indptr, indices, data, index_size, data_si
 
 @numba.njit(error_model="numpy", nogil=True, cache=True)
 def _copy_bytes(address, start, n, out, to):  # type: ignore[no-untyped-def]
-    source = numba.carray(_pointer(address + np.uint64(start)), (n,), np.uint8)
+    source = carray(_pointer(address + np.uint64(start)), (n,), np.uint8)
     for k in range(n):
         out[to + k] = source[k]

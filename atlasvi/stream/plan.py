@@ -137,7 +137,7 @@ class EpochPlan:
             return n.copy() if total else np.zeros_like(n)
         # Those that surely come before, then the earliest of the next few of each lane.
         spare = 2 + n * len(n) // self.n_rows
-        counts = np.maximum(np.ceil(total / self.n_rows * n - 0.5).astype(np.int64) - spare, 0)
+        counts: Positions = np.maximum(np.ceil(total / self.n_rows * n - 0.5).astype(np.int64) - spare, 0)
         while (missing := total - int(counts.sum())) > 0:
             ahead = counts[:, None] + np.arange(8)
             when = np.where(ahead < n[:, None], (ahead + 0.5) / n[:, None], np.inf)
@@ -145,7 +145,7 @@ class EpochPlan:
             horizon = np.where(ahead[:, -1] < n - 1, when[:, -1], np.inf).min()
             order = np.argsort(when, axis=None, kind="stable")[:missing]
             chosen = order[when.ravel()[order] <= horizon]
-            counts = counts + np.bincount(chosen // 8, minlength=len(n))
+            counts += np.bincount(chosen // 8, minlength=len(n))
         return counts
 
     def positions(self, i: int, lanes: range | None = None) -> Positions:

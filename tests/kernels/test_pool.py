@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from atlasvi_kernels import CSR, RowPool
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_taking_rows_is_stacking_and_indexing(data):
     """Through additions, droppings and types that differ, of matrices with empty rows or none."""
