@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import google_crc32c
 import numpy as np
 import scipy.sparse as sp
 import zarr
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CorruptError, OptionError
 from atlasvi.store.offsets import Offsets
+from atlasvi.store.shards import DamagedShard, ShardedVector
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _config_lock = threading.Lock()
@@ -143,7 +143,6 @@ class SparseRows:
         data: array with ``[a:b]``.
         n_vars: number of columns.
         place: file and group, for errors.
-        checksums: of ``indices`` and ``data``, checked before they are decoded.
 
     Raises:
         CorruptError: offsets that cannot be, on opening.
@@ -156,11 +155,10 @@ class SparseRows:
         data: Any,
         n_vars: int,
         place: str,
-        checksums: tuple[ShardChecksums, ...] = (),
     ) -> None:
         with reading(place, 0, indptr.shape[0] - 1):
             self.indptr: Any = Offsets(indptr)
-        self._indices, self._data, self._place, self._checksums = indices, data, place, checksums
+        self._indices, self._data, self._place = indices, data, place
         self.shape = (len(self.indptr) - 1, int(n_vars))
         lengths = int(indices.shape[0]), int(data.shape[0])
         if self.indptr[0] != 0 or self.indptr.falls or not self.indptr[-1] == lengths[0] == lengths[1]:
@@ -172,12 +170,19 @@ class SparseRows:
     def read(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``."""
         first, last = int(self.indptr[start]), int(self.indptr[stop])
-        for checksums in self._checksums:
-            checksums.verify(first, last, self.indptr)
-        with reading(self._place, start, stop):
-            indices, data = self._indices[first:last], self._data[first:last]
+        try:
+            with reading(self._place, start, stop):
+                indices, data = self._indices[first:last], self._data[first:last]
+        except DamagedShard as damaged:
+            at = [damaged.first, damaged.last - 1]
+            rows = np.searchsorted(self.indptr, at, side="right") - 1
+            raise CorruptError(
+                f"{damaged}: the counts of rows {rows[0]} to {rows[1]} are damaged; "
+                "copy the atlas again or ingest it again"
+            ) from damaged
         indices = _index_type(indices)
-        if len(indices) and not self._checksums and not 0 <= indices.min() <= indices.max() < self.shape[1]:
+        is_checked = isinstance(self._indices, ShardedVector)  # by checksums
+        if len(indices) and not is_checked and not 0 <= indices.min() <= indices.max() < self.shape[1]:
             raise CorruptError(
                 f"{self._place}: a column outside 0 to {self.shape[1] - 1} in rows {start} to {stop}; "
                 "the file is damaged, write it again"
@@ -207,87 +212,6 @@ class reading(AbstractContextManager[None]):
             ) from error
 
 
-class ShardChecksums:
-    """Checks the CRC-32C of the inner chunks of a sharded Zarr array, each the first time it is read.
-
-    zarrs verifies checksums only when it decodes a whole shard, and a block of cells is less than that;
-    and a shard that is missing reads as zeros. Neither may pass in silence.
-
-    Args:
-        folder: of the array.
-        array: the opened array; its inner codecs end in ``crc32c``.
-    """
-
-    def __init__(self, folder: Path, array: Any) -> None:
-        self._folder = folder
-        self._shard, self._chunk = int(array.shards[0]), int(array.chunks[0])
-        self._n = int(array.shape[0])
-        self._done = np.zeros(-(-self._n // self._chunk), bool)
-
-    @classmethod
-    def of(cls, folder: Path, array: Any) -> ShardChecksums | None:
-        """The checksums of ``array``, or ``None`` where it has none of this kind."""
-        metadata = array.metadata.to_dict()
-        codec = metadata["codecs"][0] if metadata["zarr_format"] == 3 else {}
-        if codec.get("name") != "sharding_indexed":
-            return None
-        setup = codec["configuration"]
-        at_end = setup.get("index_location", "end") == "end"
-        ends = setup["codecs"][-1]["name"] == "crc32c" and setup["index_codecs"][-1]["name"] == "crc32c"
-        return cls(folder, array) if at_end and ends else None
-
-    def verify(self, start: int, stop: int, indptr: NDArray[np.int64]) -> None:
-        """Check the chunks that hold the entries ``start`` to ``stop``.
-
-        Raises:
-            CorruptError: a checksum that does not match, or a shard that is missing or cut short.
-        """
-        first, last = start // self._chunk, -(-stop // self._chunk)
-        todo = first + np.flatnonzero(~self._done[first:last])
-        per_shard = self._shard // self._chunk
-        for shard in np.unique(todo // per_shard).tolist():
-            chunks = todo[todo // per_shard == shard]
-            fault = self._fault(shard, (chunks - shard * per_shard).tolist(), per_shard)
-            if fault is not None:
-                raise CorruptError(self._message(shard, fault, indptr))
-            self._done[chunks] = True
-
-    def _fault(self, shard: int, chunks: list[int], per_shard: int) -> str | None:
-        path = self._folder / "c" / str(shard)
-        index_bytes = 16 * per_shard + 4
-        if not path.exists():
-            return "is missing"
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size < index_bytes:
-                return "is cut short"
-            file.seek(size - index_bytes)
-            tail = file.read(index_bytes)
-            if not _crc_matches(tail):
-                return "has a wrong checksum in its index"
-            index = np.frombuffer(tail[:-4], "<u8").reshape(per_shard, 2)
-            for chunk in chunks:
-                offset, length = (int(v) for v in index[chunk])
-                if offset + length > size:
-                    return "is cut short"
-                file.seek(offset)
-                if not _crc_matches(file.read(length)):
-                    return "has a wrong checksum"
-        return None
-
-    def _message(self, shard: int, fault: str, indptr: NDArray[np.int64]) -> str:
-        first, last = shard * self._shard, min((shard + 1) * self._shard, self._n)
-        rows = np.searchsorted(indptr, [first, last - 1], side="right") - 1
-        return (
-            f"shard {self._folder / 'c' / str(shard)} {fault}: the counts of rows {rows[0]} to {rows[1]} are "
-            "damaged; copy the atlas again or ingest it again"
-        )
-
-
-def _crc_matches(block: bytes) -> bool:
-    return len(block) >= 4 and google_crc32c.value(block[:-4]) == int.from_bytes(block[-4:], "little")
-
-
 def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
     """The reader of the matrix ``group[key]`` of an HDF5 or Zarr file.
 
@@ -314,13 +238,10 @@ def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
     if not isinstance(group, zarr.Group):
         return SparseRows(node["indptr"], node["indices"], node["data"], n_vars, place)
     indices, data = with_zarrs(lambda: (node["indices"], node["data"]))
-    checksums = () if folder is None else _checksums(folder / key, indices=indices, data=data)
-    return SparseRows(node["indptr"], indices, data, n_vars, place, checksums)
-
-
-def _checksums(folder: Path, *, indices: Any, data: Any) -> tuple[ShardChecksums, ...]:
-    found = ShardChecksums.of(folder / "indices", indices), ShardChecksums.of(folder / "data", data)
-    return tuple(checksums for checksums in found if checksums is not None)
+    if folder is not None:
+        indices = ShardedVector.of(folder / key / "indices", indices) or indices
+        data = ShardedVector.of(folder / key / "data", data) or data
+    return SparseRows(node["indptr"], indices, data, n_vars, place)
 
 
 __all__ = [
@@ -328,7 +249,6 @@ __all__ = [
     "DenseRows",
     "MemoryRows",
     "Rows",
-    "ShardChecksums",
     "SparseRows",
     "group_rows",
     "plain",

@@ -1,0 +1,177 @@
+"""Reading runs of entries straight out of the shards of a Zarr v3 array on a local disk.
+
+A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr, most
+of the time goes into describing these chunks, in Python; here a shard is opened, its index and the chunks
+wanted are read in one piece each, and every chunk is checked (CRC-32C) and decoded into its place without the
+GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc, zstd
+from numpy.typing import NDArray
+
+Decode: TypeAlias = Callable[[Any, Any], Any]
+
+_DECODERS: dict[str, Decode] = {"blosc": blosc.decompress, "zstd": zstd.decompress}
+_CRC_BYTES = 4
+
+
+class DamagedShard(Exception):
+    """A shard that is missing, cut short or altered.
+
+    Args:
+        path: the file.
+        fault: what is wrong with it, to follow its name in a sentence.
+        first: first entry that it holds.
+        last: the entry after the last.
+    """
+
+    def __init__(self, path: Path, fault: str, first: int, last: int) -> None:
+        super().__init__(f"shard {path} {fault}")
+        self.first, self.last = first, last
+
+
+class ShardedVector:
+    """A vector in shards, from which runs of entries are read: ``vector[start:stop]``.
+
+    Safe to call from several threads. Nothing is kept between two reads, so a shard that is replaced between
+    them, as appending does with the last, is read as it then is.
+
+    Args:
+        folder: of the array.
+        shape: ``(n,)``.
+        shard: entries a shard.
+        chunk: entries an inner chunk.
+        dtype: of an entry.
+        decode: of a chunk, into an array; ``None`` where chunks are not compressed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int],
+        shard: int,
+        chunk: int,
+        dtype: np.dtype[Any],
+        decode: Decode | None,
+    ) -> None:
+        self.folder, self.shape, self.dtype = folder, shape, dtype
+        self._shard, self._chunk, self._decode = shard, chunk, decode
+
+    @classmethod
+    def of(cls, folder: Path, array: Any) -> ShardedVector | None:
+        """The reader of ``array``, or ``None`` where it is laid out in another way.
+
+        Args:
+            folder: of the array.
+            array: the opened ``zarr.Array``.
+        """
+        metadata = array.metadata.to_dict()
+        codecs = metadata["codecs"] if metadata["zarr_format"] == 3 and array.ndim == 1 else []
+        if len(codecs) != 1 or codecs[0].get("name") != "sharding_indexed":
+            return None
+        setup = codecs[0]["configuration"]
+        inner = [codec["name"] for codec in setup["codecs"]]
+        index = [codec["name"] for codec in setup["index_codecs"]]
+        key = metadata["chunk_key_encoding"]
+        is_ours = (
+            inner[0] == "bytes" and inner[-1] == "crc32c" and len(inner) <= 3
+            and all(name in _DECODERS for name in inner[1:-1])
+            and index == ["bytes", "crc32c"] and setup.get("index_location", "end") == "end"
+            and key["name"] == "default" and key.get("configuration", {}).get("separator", "/") == "/"
+            and _is_little(setup["codecs"][0], array.dtype) and _is_little(setup["index_codecs"][0], None)
+        )  # fmt: skip
+        if not is_ours:
+            return None
+        decode = _DECODERS[inner[1]] if len(inner) == 3 else None
+        shape = (int(array.shape[0]),)
+        return cls(folder, shape, int(array.shards[0]), int(array.chunks[0]), np.dtype(array.dtype), decode)
+
+    def __getitem__(self, run: slice) -> NDArray[Any]:
+        """Entries ``start`` to ``stop``.
+
+        Raises:
+            DamagedShard: a shard on the way is missing, cut short or altered.
+        """
+        start, stop, _ = run.indices(self.shape[0])
+        out: NDArray[Any] = np.empty(max(stop - start, 0), self.dtype)
+        for k in range(start // self._shard, -(-stop // self._shard)):
+            first, last = max(start, k * self._shard), min(stop, (k + 1) * self._shard)
+            self._read(k, first, last, out[first - start : last - start])
+        return out
+
+    def _read(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Entries ``start`` to ``stop`` of the vector, all of them in shard ``k``."""
+        base, chunk = k * self._shard, self._chunk
+        path = self.folder / "c" / str(k)
+
+        def damaged(fault: str) -> DamagedShard:
+            return DamagedShard(path, fault, base, min(base + self._shard, self.shape[0]))
+
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise damaged("is missing") from error
+        try:
+            n_chunks = self._shard // chunk
+            size, index_bytes = os.fstat(file).st_size, 16 * n_chunks + _CRC_BYTES
+            if size < index_bytes:
+                raise damaged("is cut short")
+            tail = os.pread(file, index_bytes, size - index_bytes)
+            if not _crc_matches(tail):
+                raise damaged("has a wrong checksum in its index")
+            wanted = range((start - base) // chunk, -(-(stop - base) // chunk))
+            index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[wanted.start : wanted.stop]
+            offsets, lengths = index[:, 0].tolist(), index[:, 1].tolist()
+            begin, end = min(offsets), max(map(sum, zip(offsets, lengths, strict=True)))
+            if end > size:
+                raise damaged("is cut short")
+            block = memoryview(os.pread(file, end - begin, begin))
+        finally:
+            os.close(file)
+        for c, offset, length in zip(wanted, offsets, lengths, strict=True):
+            piece = block[offset - begin : offset - begin + length]
+            if not _crc_matches(piece):
+                raise damaged("has a wrong checksum")
+            here = base + c * chunk
+            self._put(piece[:-_CRC_BYTES], out, here - start)
+
+    def _put(self, piece: memoryview, out: NDArray[Any], at: int) -> None:
+        """Decode a chunk whose first entry belongs at ``out[at]``; what lies outside of ``out`` is left out."""
+        if self._decode is None:
+            values: NDArray[Any] = np.frombuffer(piece, self.dtype)
+        elif at >= 0 and at + self._chunk <= len(out):
+            self._decode(piece, out[at : at + self._chunk])
+            return
+        else:
+            values = np.empty(self._chunk, self.dtype)
+            self._decode(piece, values)
+        low, high = max(at, 0), min(at + self._chunk, len(out))
+        out[low:high] = values[low - at : high - at]
+
+
+def _is_little(codec: dict[str, Any], dtype: np.dtype[Any] | None) -> bool:
+    """Whether a ``bytes`` codec leaves numbers as they lie in memory here."""
+    if dtype is not None and dtype.itemsize == 1:
+        return True
+    native = np.dtype("<u2").isnative
+    return native and codec.get("configuration", {}).get("endian", "little") == "little"
+
+
+def _crc_matches(block: bytes | memoryview) -> bool:
+    if len(block) < _CRC_BYTES:
+        return False
+    return bool(
+        google_crc32c.value(bytes(block[:-_CRC_BYTES])) == int.from_bytes(block[-_CRC_BYTES:], "little")
+    )
+
+
+__all__ = ["DamagedShard", "ShardedVector"]
