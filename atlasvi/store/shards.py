@@ -1,9 +1,9 @@
 """Reading runs of entries straight out of the shards of a Zarr v3 array on a local disk.
 
-A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr, most
-of the time goes into describing these chunks, in Python; here a shard is opened, its index and the chunks
-wanted are read in one piece each, and every chunk is checked (CRC-32C) and decoded into its place without the
-GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr.
+A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr,
+most of the time goes into describing these chunks, in Python; here a shard is opened, its index and the
+chunks wanted are read in one piece each, and every chunk is checked (CRC-32C) and decoded into its place
+without the GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Decode: TypeAlias = Callable[[Any, Any], Any]
 
 _DECODERS: dict[str, Decode] = {"blosc": blosc.decompress, "zstd": zstd.decompress}
 _CRC_BYTES = 4
+_ABSENT = (1 << 64) - 1  # in an index, of a chunk that holds the fill value alone
 
 
 class DamagedShard(Exception):
@@ -51,6 +52,7 @@ class ShardedVector:
         shard: entries a shard.
         chunk: entries an inner chunk.
         dtype: of an entry.
+        fill: value of a chunk that is not there.
         decode: of a chunk, into an array; ``None`` where chunks are not compressed.
     """
 
@@ -61,10 +63,11 @@ class ShardedVector:
         shard: int,
         chunk: int,
         dtype: np.dtype[Any],
+        fill: Any,
         decode: Decode | None,
     ) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
-        self._shard, self._chunk, self._decode = shard, chunk, decode
+        self._shard, self._chunk, self._fill, self._decode = shard, chunk, fill, decode
 
     @classmethod
     def of(cls, folder: Path, array: Any) -> ShardedVector | None:
@@ -92,8 +95,8 @@ class ShardedVector:
         if not is_ours:
             return None
         decode = _DECODERS[inner[1]] if len(inner) == 3 else None
-        shape = (int(array.shape[0]),)
-        return cls(folder, shape, int(array.shards[0]), int(array.chunks[0]), np.dtype(array.dtype), decode)
+        shape, shard, chunk = (int(array.shape[0]),), int(array.shards[0]), int(array.chunks[0])
+        return cls(folder, shape, shard, chunk, np.dtype(array.dtype), array.fill_value, decode)
 
     def __getitem__(self, run: slice) -> NDArray[Any]:
         """Entries ``start`` to ``stop``.
@@ -128,24 +131,28 @@ class ShardedVector:
             tail = os.pread(file, index_bytes, size - index_bytes)
             if not _crc_matches(tail):
                 raise damaged("has a wrong checksum in its index")
-            wanted = range((start - base) // chunk, -(-(stop - base) // chunk))
-            index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[wanted.start : wanted.stop]
-            offsets, lengths = index[:, 0].tolist(), index[:, 1].tolist()
-            begin, end = min(offsets), max(map(sum, zip(offsets, lengths, strict=True)))
+            low, high = (start - base) // chunk, -(-(stop - base) // chunk)
+            index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[low:high].tolist()
+            there = [(offset, length) for offset, length in index if (offset, length) != (_ABSENT, _ABSENT)]
+            begin = min((offset for offset, _ in there), default=0)
+            end = max(map(sum, there), default=0)
             if end > size:
                 raise damaged("is cut short")
             block = memoryview(os.pread(file, end - begin, begin))
         finally:
             os.close(file)
-        for c, offset, length in zip(wanted, offsets, lengths, strict=True):
+        for c, (offset, length) in enumerate(index, low):
+            at = base + c * chunk - start
+            if (offset, length) == (_ABSENT, _ABSENT):
+                out[max(at, 0) : at + chunk] = self._fill
+                continue
             piece = block[offset - begin : offset - begin + length]
             if not _crc_matches(piece):
                 raise damaged("has a wrong checksum")
-            here = base + c * chunk
-            self._put(piece[:-_CRC_BYTES], out, here - start)
+            self._put(piece[:-_CRC_BYTES], out, at)
 
     def _put(self, piece: memoryview, out: NDArray[Any], at: int) -> None:
-        """Decode a chunk whose first entry belongs at ``out[at]``; what lies outside of ``out`` is left out."""
+        """Decode a chunk whose first entry belongs at ``out[at]``; what lies outside ``out`` is left out."""
         if self._decode is None:
             values: NDArray[Any] = np.frombuffer(piece, self.dtype)
         elif at >= 0 and at + self._chunk <= len(out):
@@ -169,9 +176,8 @@ def _is_little(codec: dict[str, Any], dtype: np.dtype[Any] | None) -> bool:
 def _crc_matches(block: bytes | memoryview) -> bool:
     if len(block) < _CRC_BYTES:
         return False
-    return bool(
-        google_crc32c.value(bytes(block[:-_CRC_BYTES])) == int.from_bytes(block[-_CRC_BYTES:], "little")
-    )
+    stated = int.from_bytes(block[-_CRC_BYTES:], "little")
+    return bool(google_crc32c.value(bytes(block[:-_CRC_BYTES])) == stated)
 
 
 __all__ = ["DamagedShard", "ShardedVector"]
