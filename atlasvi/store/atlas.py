@@ -13,6 +13,7 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError
+from atlasvi.store import cluster
 from atlasvi.store.base import Source
 from atlasvi.store.cells import input_names
 from atlasvi.store.counts import as_counts, checked_rows
@@ -26,6 +27,7 @@ from atlasvi.types import FieldMap
 if TYPE_CHECKING:
     import anndata
 
+    import distributed
     from atlasvi.store.stats import GeneSet, Statistics
 
 Rows: TypeAlias = "slice | NDArray[Any] | Sequence[int]"
@@ -315,6 +317,12 @@ class Atlas:
         rows, genes = index if isinstance(index, tuple) else (index, slice(None))
         view = Atlas(self._source, path=self._path)
         view.registration = self.registration
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By where it is: another process opens the store anew, and counts are never pickled."""
+        is_joined = isinstance(self._source, JoinedSource)
+        where = self._source if is_joined else (cluster.place_of(self), self.layer)
+        return _open_again, (where, self._rows, self._columns, self.registration)
+
         view._rows = _compose(self._rows, self._find_cells(rows), self.n_obs)
         view._columns = _compose(self._columns, self._find_genes(genes), self.n_vars)
         if view._columns is not None:
@@ -513,12 +521,14 @@ class Atlas:
         Sums are exact, so that the result is the same to the last bit however the cells are read. Beside
         the decoded blocks it takes 32 bytes a gene, 12 bytes a cell and 8 more for each gene set.
 
+        client: distributed.Client | None = None,
         Args:
             batch_key: column of obs with the batches whose library sizes are to be told apart.
             gene_sets: by name, each a prefix of gene names (``"MT-"``), names, a boolean mask, or
                 ``"mt"``: what starts with ``MT-``, ``Mt-`` or ``mt-``.
             num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``.
+            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``. Not of a cluster.
+            client: of a Dask cluster whose workers add up what they read; see `stream`.
 
         Raises:
             CellsError: there are no cells.
@@ -527,6 +537,7 @@ class Atlas:
 
         Example:
             >>> found = atlas.statistics(batch_key="batch", gene_sets={"first": "G000"})
+            OptionError: a client with which this cannot be.
             >>> found.batches, len(found.shares["first"]) == atlas.n_obs
             (('b0', 'b1'), True)
         """
@@ -534,7 +545,7 @@ class Atlas:
 
         return statistics(
             self, batch_key=batch_key, gene_sets=gene_sets, num_workers=num_workers,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget, client=client,
         )  # fmt: skip
 
     def highly_variable_genes(
@@ -688,6 +699,18 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
             continue
         piece = (run - run[0]) // _MAX_SPARSE_READ
         yield from np.split(run, np.flatnonzero(np.diff(piece)) + 1)
+
+
+def _open_again(
+    where: JoinedSource | tuple[str, str | None],
+    rows: NDArray[np.int64] | None,
+    columns: NDArray[np.int64] | None,
+    registration: FieldMap | None,
+) -> Atlas:
+    atlas = open(where[0], layer=where[1]) if isinstance(where, tuple) else Atlas(where)
+    view = atlas[slice(None) if rows is None else rows, slice(None) if columns is None else columns]
+    view.registration = registration
+    return view
 
 
 def _positions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class JoinedSource(Source):
         *,
         make_unique: bool,
     ) -> None:
+        self._atlases = parts
+        self._how = names, join, var_key, input_key, make_unique
         self._sources: list[Source] = [_Part(part) for part in parts]
         self._owned, self._input_key = owned, input_key
         self._genes = join_genes(self._sources, join, var_key, make_unique)
@@ -68,6 +71,12 @@ class JoinedSource(Source):
         straight = np.arange(len(self._genes.names))
         self._is_straight = [np.array_equal(columns, straight) for columns in self._genes.column_of]
         self._choose_columns(names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its parts, which another process opens anew and joins again."""
+        names, join, var_key, input_key, make_unique = self._how
+        again = partial(JoinedSource, make_unique=make_unique)
+        return again, (self._atlases, names, self._atlases, join, var_key, input_key)
 
     def _choose_columns(self, names: list[str]) -> None:
         of_each = [source.obs_keys for source in self._sources]
@@ -92,6 +101,15 @@ class JoinedSource(Source):
     def name(self) -> str:
         """The names of the parts."""
         return _some(self._cells.names)
+
+    @property
+    def parts(self) -> list[tuple[Atlas, int, NDArray[np.int64] | None]]:
+        """Each part, its first row here, and the gene here of each of its columns (``None``: the same)."""
+        columns = [
+            None if straight else column_of
+            for straight, column_of in zip(self._is_straight, self._genes.column_of, strict=True)
+        ]
+        return list(zip(self._atlases, self._cells.offsets[:-1].tolist(), columns, strict=True))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,9 +20,12 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
+from atlasvi.store import cluster
 from atlasvi.store.fields import level_codes
 
 if TYPE_CHECKING:
+    import distributed
+
     from atlasvi.store.atlas import Atlas
 
 logger = logging.getLogger("atlasvi")
@@ -34,6 +38,10 @@ KNOWN_SETS = {"mt": ("MT-", "mt-", "Mt-")}
 # What is added up for each gene, side by side so that an entry touches one cache line: the sum of the
 # counts, that of their squares (modulo 2^64, and how often that was passed), and the number of cells.
 SUM, SQUARE, CARRY, CELLS = range(4)
+
+# Cells of a task on a cluster, and of them at a time in a worker's memory.
+_TASK_ROWS = 1 << 14
+_READ_ROWS = 1 << 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,7 @@ def statistics(
     gene_sets: Mapping[str, GeneSet] | None = None,
     num_workers: int | None = None,
     memory_budget: int | None = None,
+    client: distributed.Client | None = None,
 ) -> Statistics:
     """The body of `Atlas.statistics`, which says what the arguments are."""
     refuse_no_cells(atlas)
@@ -106,9 +115,11 @@ def statistics(
     sums, moments = gene_sums(1, atlas.n_vars), LogTotals(len(batches))
     totals, n_genes = np.zeros(atlas.n_obs, np.int64), np.zeros(atlas.n_obs, np.int32)
     shares = {name: np.zeros(atlas.n_obs) for name in names}
-    for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
-        cells = count_cells(counts, member)
-        add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
+    if client is None:
+        parts = _count_here(atlas, member, sums, num_workers, memory_budget)
+    else:
+        parts = _count_on(client, atlas, member, sums, num_workers)
+    for cells, at in parts:
         moments.add(cells.totals, codes[at])
         totals[at], n_genes[at] = cells.totals, cells.n_genes
         for s, name in enumerate(names):
@@ -118,6 +129,58 @@ def statistics(
         atlas.var_names, mean, variance, sums[0, :, CELLS].astype(np.int64), totals, n_genes, shares,
         batches, tuple(np.bincount(codes, minlength=len(batches)).tolist()), moments.result(),
     )  # fmt: skip
+
+
+def _count_here(
+    atlas: Atlas,
+    member: NDArray[np.bool_],
+    sums: NDArray[np.uint64],
+    num_workers: int | None,
+    memory_budget: int | None,
+) -> Iterator[tuple[CellCounts, NDArray[np.int64]]]:
+    """Totals of the cells of each block in order; genes are added to ``sums``."""
+    for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
+        add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
+        yield count_cells(counts, member), at
+
+
+def _count_on(
+    client: distributed.Client,
+    atlas: Atlas,
+    member: NDArray[np.bool_],
+    sums: NDArray[np.uint64],
+    num_workers: int | None,
+) -> Iterator[tuple[CellCounts, NDArray[np.int64]]]:
+    """The same on a cluster: workers add up, and no count is sent here."""
+    n_workers = cluster.count_readers(client, num_workers)
+    cluster.check_places(atlas)
+    # Large, for 32 bytes a gene come back of each; but some for every worker.
+    rows = min(_TASK_ROWS, max(_READ_ROWS, -(-atlas.n_obs // (4 * n_workers))))
+    ranges = [(start, min(start + rows, atlas.n_obs)) for start in range(0, atlas.n_obs, rows)]
+    calls = ((_blocks(atlas, *cells), member) for cells in ranges)
+    results = cluster.in_order(client, _count_blocks, calls, ahead=2 * n_workers)
+    with closing(results):
+        for (start, stop), (cells, part) in zip(ranges, results, strict=True):
+            sums[0] = merged(np.stack([sums[0], part]))
+            yield cells, np.arange(start, stop)
+
+
+def _blocks(atlas: Atlas, start: int, stop: int) -> list[cluster.Block]:
+    firsts = range(start, stop, _READ_ROWS)
+    return [cluster.locate(atlas, np.arange(first, min(first + _READ_ROWS, stop))) for first in firsts]
+
+
+def _count_blocks(
+    blocks: list[cluster.Block], member: NDArray[np.bool_]
+) -> tuple[CellCounts, NDArray[np.uint64]]:
+    """The task: totals of the cells of some blocks, and ``(n_vars, 4)`` sums of their genes."""
+    sums = gene_sums(1, member.shape[1])
+    parts = []
+    for block in blocks:
+        counts = block.read()
+        add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
+        parts.append(count_cells(counts, member))
+    return CellCounts.concatenate(parts), sums[0]
 
 
 def refuse_no_cells(atlas: Atlas) -> None:
@@ -299,6 +362,14 @@ class CellCounts:
     totals: NDArray[np.int64]
     n_genes: NDArray[np.int32]
     of_sets: NDArray[np.int64]
+
+    @staticmethod
+    def concatenate(parts: Sequence[CellCounts]) -> CellCounts:
+        """Of one block after the other."""
+        return CellCounts(
+            np.concatenate([part.totals for part in parts]), np.concatenate([part.n_genes for part in parts]),
+            np.concatenate([part.of_sets for part in parts]),
+        )  # fmt: skip
 
     def share(self, s: int) -> NDArray[np.float64]:
         """Share of set ``s`` in each cell's counts; 0 where a cell has none."""

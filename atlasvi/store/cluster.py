@@ -1,0 +1,297 @@
+"""Blocks read on a ``dask.distributed`` cluster: what a task is told, and results taken in order.
+
+A task is told where its cells are, never handed counts: path, layer, the rows of its block, and which
+genes are wanted. Each worker process opens a store once. What a task makes does not depend on the worker, so
+Dask makes anew what a worker that was killed had made, or was making.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from atlasvi_kernels import CSR
+from numpy.typing import NDArray
+
+from atlasvi.errors import OptionError, StoreError
+from atlasvi.store.joined import JoinedSource
+
+if TYPE_CHECKING:
+    import distributed
+
+    from atlasvi.store.atlas import Atlas
+
+T = TypeVar("T")
+
+_MAX_OPEN = 64
+_opened: dict[tuple[str, str | None], tuple[object, Atlas]] = {}
+_opening = threading.Lock()
+
+
+# --- where cells are --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Cells of one store.
+
+    Args:
+        path: of the store.
+        layer: where its counts are.
+        rows: of the store, in any order.
+        columns: ``(G_store,)``, which gene each column becomes, or -1 (left out); ``None`` as they are.
+        n_vars: number of genes.
+    """
+
+    path: str
+    layer: str | None
+    rows: slice | NDArray[Any]
+    columns: NDArray[Any] | None
+    n_vars: int
+
+    def read(self) -> CSR:
+        """The counts, from a store that is opened once in this process."""
+        counts = _open_once(self.path, self.layer).read_rows(self.rows)
+        return counts if self.columns is None else counts.take_columns(self.columns, self.n_vars)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Cells of an atlas, which may be several stores as one.
+
+    Args:
+        pieces: where they are, at least one.
+        order: ``(n,)``, which row of the pieces each row is; ``None`` where they come one after the other.
+    """
+
+    pieces: tuple[Piece, ...]
+    order: NDArray[Any] | None
+
+    def read(self) -> CSR:
+        """The counts."""
+        counts = CSR.concatenate([piece.read() for piece in self.pieces])
+        return counts if self.order is None else counts.take_rows(self.order)
+
+
+def locate(atlas: Atlas, positions: NDArray[np.int64]) -> Block:
+    """Where some cells of an atlas, or of a view, are: all that another process needs to read them.
+
+    Args:
+        atlas: of stores on disk.
+        positions: ``(n,)`` int64, at least one, in any order.
+
+    Raises:
+        OptionError: cells of an AnnData in memory.
+
+    Example:
+        >>> block = locate(atlas, np.array([7, 8, 9]))
+        >>> block.pieces[0].rows
+        slice(7, 10, None)
+        >>> block.read().shape == (3, atlas.n_vars)
+        True
+    """
+    found = list(_pieces(atlas, positions, np.arange(len(positions)), None, atlas.n_vars))
+    order = np.concatenate([at for _, at in found])
+    is_straight = bool((np.diff(order) == 1).all())
+    return Block(tuple(piece for piece, _ in found), None if is_straight else _narrow(np.argsort(order)))
+
+
+def _pieces(
+    atlas: Atlas,
+    positions: NDArray[np.int64],
+    at: NDArray[np.int64],
+    outer: NDArray[np.int64] | None,
+    n_vars: int,
+) -> Iterable[tuple[Piece, NDArray[np.int64]]]:
+    """Pieces, and where among all the cells theirs are; ``outer`` renames the genes of the atlas."""
+    rows, columns = atlas.numbers_of(positions), _composed(atlas._column_of, outer)
+    if not isinstance(atlas._source, JoinedSource):
+        narrow = None if columns is None else columns.astype(np.min_scalar_type(-max(n_vars, 1)))
+        yield Piece(place_of(atlas), atlas.layer, _shortest(rows), narrow, n_vars), at
+        return
+    for part, first, column_of in atlas._source.parts:
+        here = np.flatnonzero((rows >= first) & (rows < first + part.n_obs))
+        if len(here):
+            yield from _pieces(part, rows[here] - first, at[here], _composed(column_of, columns), n_vars)
+
+
+def place_of(atlas: Atlas) -> str:
+    """The path of a store as another process finds it.
+
+    Raises:
+        OptionError: there is none, as of an AnnData in memory.
+    """
+    if atlas.path is None:
+        raise OptionError(
+            f"{atlas!r} is not a store on disk, so that no other process can read it; make one: "
+            "atlasvi.ingest(adata, 'atlas.zarr')"
+        )
+    return os.path.abspath(atlas.path)
+
+
+def _composed(inner: NDArray[np.int64] | None, outer: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    if inner is None or outer is None:
+        return outer if inner is None else inner
+    return np.where(inner < 0, -1, outer[inner])
+
+
+def _shortest(rows: NDArray[np.int64]) -> slice | NDArray[Any]:
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return _narrow(rows)
+
+
+def _narrow(values: NDArray[np.int64]) -> NDArray[Any]:
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+
+# --- on a worker ------------------------------------------------------------------------------------
+
+
+def read_block(block: Block) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+    """The task of a stream: arrays, which Dask sends as they lie in memory, and the number of genes."""
+    counts = block.read()
+    return *counts.numpy(), counts.n_vars
+
+
+def _open_once(path: str, layer: str | None) -> Atlas:
+    """The store, kept open in this process until its metadata change (it was replaced or appended to)."""
+    from atlasvi.store.atlas import open as open_atlas
+
+    with _opening:
+        stamp, (seen, atlas) = _stamp(path), _opened.get((path, layer), (None, None))
+        if atlas is None or seen != stamp:
+            atlas = open_atlas(path, layer=layer)
+            # Whoever still reads the one that is replaced keeps it alive.
+            _opened.pop((path, layer), None)
+            while len(_opened) >= _MAX_OPEN:
+                del _opened[next(iter(_opened))]
+            _opened[path, layer] = stamp, atlas
+        return atlas
+
+
+def _stamp(path: str) -> object:
+    for file in (Path(path, "zarr.json"), Path(path, ".zgroup"), Path(path)):
+        if file.exists():
+            found = file.stat()
+            return found.st_ino, found.st_mtime_ns, found.st_size
+    raise StoreError(
+        f"{path!r} is not there on {socket.gethostname()}, where a worker of the cluster runs; put the atlas "
+        "where all workers see it under this path"
+    )
+
+
+# --- in the process that asks -----------------------------------------------------------------------
+
+
+def count_readers(client: Any, num_workers: int | None = None) -> int:
+    """Tasks that a cluster has at work at a time: as many as asked for, or as all its workers have threads.
+
+    Raises:
+        OptionError: distributed is not installed, ``client`` is no client of it that is connected and waits
+            for answers, or no reader was asked for.
+    """
+    try:
+        import distributed
+    except ImportError as error:
+        raise OptionError(
+            "client= needs the package distributed, which is not installed; pip install 'atlasvi[cluster]'"
+        ) from error
+    remedy = "pass distributed.Client(address), or leave client out"
+    if not isinstance(client, distributed.Client):
+        raise OptionError(f"client={client!r} is a {type(client).__name__}; {remedy}")
+    if client.asynchronous or client.status != "running":
+        state = "asynchronous" if client.asynchronous else client.status
+        raise OptionError(f"client={client!r} is {state} and cannot be waited for; {remedy}")
+    if num_workers is None:
+        # None yet where workers are still to come.
+        return max(1, sum(client.nthreads().values()))
+    if num_workers < 1:
+        raise OptionError(
+            f"num_workers={num_workers} of a cluster cannot be; give at least 1, or leave it out"
+        )
+    return num_workers
+
+
+def check_places(atlas: Atlas) -> None:
+    """See that other processes can open an atlas, before they are asked to.
+
+    Raises:
+        OptionError: it, or a part of it, is not a store on disk.
+    """
+    if isinstance(atlas._source, JoinedSource):
+        for part, _, _ in atlas._source.parts:
+            check_places(part)
+    else:
+        place_of(atlas)
+
+
+def in_order(
+    client: distributed.Client, function: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, ahead: int
+) -> Generator[T]:
+    """``function(*call)`` for each call, on the cluster, in the order of the calls.
+
+    At most ``ahead`` are submitted that the consumer has not taken, and a result is let go on the cluster
+    once it is here. When the consumer stops, what is under way is given up.
+
+    Args:
+        client: of the cluster.
+        function: its result must not depend on the worker, and is made anew where a worker dies.
+        calls: arguments, drawn as they are submitted.
+        ahead: >= 1.
+
+    Raises:
+        Exception: what ``function`` raised, as it raised it.
+    """
+    todo, loop = iter(calls), client.loop.asyncio_loop  # type: ignore[union-attr]
+    under_way: deque[tuple[distributed.Future[T], Future[T]]] = deque()
+
+    def submit() -> None:
+        for call in islice(todo, ahead - len(under_way)):
+            task = client.submit(function, *call, pure=False)
+            # Begun here and not when it is wanted: results travel while the consumer works.
+            fetched = asyncio.run_coroutine_threadsafe(_fetch(client, task), loop)
+            under_way.append((task, fetched))
+
+    try:
+        submit()
+        while under_way:
+            result = under_way[0][1].result()
+            under_way.popleft()
+            submit()
+            yield result
+            # Else it is kept alive while the next one is waited for.
+            del result
+    finally:
+        if under_way and client.status == "running":
+            client.cancel([task for task, _ in under_way])
+
+
+async def _fetch(client: distributed.Client, task: distributed.Future[T]) -> T:
+    """A result as soon as it is there; the cluster then forgets it."""
+    try:
+        return await client.gather(task, asynchronous=True)  # type: ignore[no-any-return]
+    finally:
+        task.release()
+
+
+__all__ = [
+    "Block",
+    "Piece",
+    "check_places",
+    "count_readers",
+    "in_order",
+    "locate",
+    "place_of",
+    "read_block",
+]

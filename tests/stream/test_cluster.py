@@ -1,0 +1,303 @@
+"""A Dask cluster of two processes reads what threads read, in the same order, even where a worker dies."""
+
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from atlasvi.errors import CorruptError, OptionError, StoreError
+from atlasvi.store import atlas as atlas_module
+from atlasvi.store.atlas import Atlas
+from atlasvi.store.cluster import Piece, check_places, count_readers, in_order, locate
+from atlasvi.store.ingest import ingest
+from atlasvi.stream.plan import plan_epoch
+from atlasvi.stream.read import count_workers, read_units, read_units_on
+
+distributed = pytest.importorskip("distributed")
+
+N_OBS, N_VARS = 3000, 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """A worker that is killed, and a cluster that goes, are logged as errors; both are meant here."""
+    logger = logging.getLogger("distributed")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+        ) as cluster,
+        distributed.Client(cluster) as connected,
+    ):
+        yield connected
+
+
+def write_store(path, seed=0, n_obs=N_OBS, genes=N_VARS):
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(rng.gamma(0.5, 2.0, (n_obs, genes))).astype(np.float32)
+    counts[:, 0] += 1
+    adata = anndata.AnnData(sp.csr_matrix(counts))
+    adata.obs_names = [f"{seed}-{i}" for i in range(n_obs)]
+    adata.obs["batch"] = np.where(np.arange(n_obs) % 3, "b0", "b1")
+    adata.var_names = [f"g{g}" for g in rng.permutation(genes)]
+    ingest(adata, path, overwrite=True)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Atlases of every kind that a cluster can read, and what `Atlas.read_rows` gives of all their cells."""
+    folder = tmp_path_factory.mktemp("cluster")
+    write_store(folder / "a.zarr")
+    write_store(folder / "b.zarr", seed=1, n_obs=500, genes=20)
+    rng = np.random.default_rng(3)
+    whole, other = atlas_module.open(folder / "a.zarr"), atlas_module.open(folder / "b.zarr")
+    part = other[rng.permutation(500)[:300], rng.permutation(20)[:15]]
+    joined = atlas_module.open({"a": whole, "b": part, "c": whole[:0]}, join="outer")
+    opened = {
+        "store": whole,
+        "view": whole[rng.permutation(N_OBS)[:2000], rng.permutation(N_VARS)[:10]],
+        "joined": joined,
+        "view of joined": joined[rng.permutation(joined.n_obs), rng.permutation(joined.n_vars)[:12]],
+    }
+    yield opened
+    whole.close()
+    other.close()
+
+
+PLACES = ("store", "view", "joined", "view of joined")
+
+
+def units_of(n_rows, **changes):
+    sizes = {"batch_size": 64, "block_rows": 250, "n_lanes": 4, "seed": 0, "epoch": 0}
+    return plan_epoch(n_rows, **{**sizes, **changes}).schedule()
+
+
+def digest(blocks):
+    h = hashlib.sha256()
+    for counts in blocks:
+        for array in counts.numpy():
+            h.update(str(array.dtype).encode())
+            h.update(array.tobytes())
+    return h.hexdigest()
+
+
+def n_tasks(client):
+    return client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+
+
+def wait_for_no_tasks(client):
+    """What the cluster still holds after it had time to forget."""
+    deadline = time.monotonic() + 30
+    while n_tasks(client) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return n_tasks(client)
+
+
+# --- the same, whoever reads ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_same_blocks_from_threads_and_from_the_cluster(client, places, place):
+    atlas = places[place]
+    positions = np.random.default_rng(1).permutation(atlas.n_obs)[:1500]
+    for at, n_rows in ((None, atlas.n_obs), (positions, len(positions))):
+        units = units_of(n_rows)
+
+        def read(start, stop, at=at):
+            return atlas.read_rows(slice(start, stop) if at is None else at[start:stop])
+
+        here = {digest(read_units(read, units, num_workers=n)) for n in (0, 1, 2, 4)}
+        there = {digest(read_units_on(client, atlas, at, units, ahead=2 * n)) for n in (1, 2, 4)}
+        assert len(here) == 1
+        assert there == here
+    assert wait_for_no_tasks(client) == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_statistics_are_the_same_to_the_last_bit(client, places, place, monkeypatch):
+    monkeypatch.setattr("atlasvi.store.stats._READ_ROWS", 128)
+    atlas = places[place]
+    asked = {"batch_key": "batch", "gene_sets": {"ones": "g1"}}
+    here, there = atlas.statistics(**asked), atlas.statistics(**asked, client=client)
+    for name in ("mean", "variance", "n_cells", "total_counts", "n_genes"):
+        one, two = getattr(here, name), getattr(there, name)
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two, err_msg=name)
+    np.testing.assert_array_equal(here.shares["ones"], there.shares["ones"])
+    assert (here.library, here.batch_cells) == (there.library, there.batch_cells)
+
+
+# --- faults -----------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_shard_is_named_by_the_worker_that_read_it(client, tmp_path):
+    write_store(tmp_path / "a.zarr")
+    shard = tmp_path / "a.zarr" / "X" / "data" / "c" / "0"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    with atlas_module.open(tmp_path / "a.zarr") as atlas:
+        shard.write_bytes(raw)
+        with pytest.raises(CorruptError, match=r"X/data/c/0 .* rows 0 to 2999"):
+            list(read_units_on(client, atlas, None, units_of(N_OBS), ahead=4))
+    assert wait_for_no_tasks(client) == 0
+
+
+@pytest.mark.parametrize("how", ("break", "raise", "interrupt", "statistics"))
+def test_the_cluster_forgets_what_a_consumer_left(client, places, how, monkeypatch):
+    error = {"raise": RuntimeError, "interrupt": KeyboardInterrupt, "statistics": RuntimeError}.get(how)
+
+    def consume():
+        for _ in read_units_on(client, places["store"], None, units_of(N_OBS, block_rows=20), ahead=16):
+            if how == "break":
+                break
+            raise error
+
+    def fail(*_):
+        raise error
+
+    if how == "break":
+        consume()
+    elif how == "statistics":
+        monkeypatch.setattr("atlasvi.store.stats.merged", fail)
+        with pytest.raises(error):
+            places["store"].statistics(client=client)
+    else:
+        with pytest.raises(error):
+            consume()
+    assert wait_for_no_tasks(client) == 0
+
+
+def test_a_bounded_number_of_tasks_is_submitted_ahead(client):
+    drawn = []
+
+    def calls():
+        for k in range(50):
+            drawn.append(k)
+            yield (k,)
+
+    results = in_order(client, abs, calls(), ahead=6)
+    assert drawn == []
+    for k in range(50):
+        assert next(results) == k
+        assert len(drawn) == min(50, 7 + k)
+    assert list(results) == []
+
+
+# --- what is sent -----------------------------------------------------------------------------------
+
+
+def test_a_task_is_told_the_rows_of_its_block_alone(places):
+    view = places["view"]
+    rows = view.row_numbers[100:140]
+    (piece,) = locate(view, np.arange(100, 140)).pieces
+    np.testing.assert_array_equal(piece.rows, rows)
+    assert (piece.rows.dtype, piece.columns.dtype) == (np.uint16, np.int8)
+    assert len(pickle.dumps(locate(view, np.arange(100, 140)))) < 1000
+    assert locate(places["store"], np.arange(100, 140)).pieces[0].rows == slice(100, 140)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_atlas_is_pickled_by_where_it_is(places, place):
+    atlas = places[place]
+    raw = pickle.dumps(atlas)
+    counts = atlas.read_rows(slice(None))
+    # The rows and genes of a view, not their counts.
+    assert len(raw) < 8 * (atlas.n_obs + 400) + 3000 < counts.nbytes or not place.startswith("view")
+    assert len(raw) < 6000 or place.startswith("view")
+    again = pickle.loads(raw)
+    assert digest([again.read_rows(slice(None))]) == digest([counts])
+    assert again.var_names.tolist() == atlas.var_names.tolist()
+    assert again.obs_names[:9].tolist() == atlas.obs_names[:9].tolist()
+    again.close()
+
+
+def test_a_store_that_was_replaced_is_opened_again(tmp_path):
+    path = tmp_path / "a.zarr"
+    for seed in (0, 1):
+        counts = write_store(path, seed, n_obs=50)
+        with atlas_module.open(path) as atlas:
+            block = pickle.loads(pickle.dumps(locate(atlas, np.arange(50))))
+        np.testing.assert_array_equal(block.read().to_dense().numpy(), counts)
+
+
+def test_a_store_that_the_worker_does_not_see_is_named(places, tmp_path):
+    shutil.copytree(places["store"].path, tmp_path / "a.zarr")
+    with atlas_module.open(tmp_path / "a.zarr") as atlas:
+        (piece,) = locate(atlas, np.arange(3)).pieces
+    shutil.rmtree(tmp_path / "a.zarr")
+    with pytest.raises(StoreError, match=r"a\.zarr' is not there on .*; put the atlas where all"):
+        piece.read()
+
+
+def test_a_relative_path_is_sent_as_an_absolute_one(places, monkeypatch):
+    monkeypatch.chdir(places["store"].path.parent)
+    with atlas_module.open("a.zarr") as atlas:
+        assert locate(atlas, np.arange(3)).pieces == (
+            Piece(str(places["store"].path), None, slice(0, 3), None, N_VARS),
+        )
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def test_an_atlas_in_memory_is_refused(places):
+    memory = Atlas.from_anndata(anndata.AnnData(sp.eye(4, 24, format="csr", dtype=np.float32)))
+    memory_part = atlas_module.open({"a": memory, "b": Atlas.from_anndata(anndata.AnnData(np.eye(4, 24)))},
+                                    make_unique=True)  # fmt: skip
+    for atlas in (memory, memory_part):
+        for ask in (check_places, pickle.dumps):
+            with pytest.raises(OptionError, match=r"not a store on disk.*atlasvi\.ingest\(adata"):
+                ask(atlas)
+
+
+def test_what_is_no_client_is_refused(client):
+    with pytest.raises(OptionError, match=r"'tcp://127\.0\.0\.1:8786' is a str; pass "):
+        count_readers("tcp://127.0.0.1:8786")
+    with pytest.raises(OptionError, match="num_workers=0 of a cluster cannot be; give at least 1"):
+        count_readers(client, 0)
+    with distributed.Client(client.cluster) as other:
+        assert count_readers(other) == 2
+    with pytest.raises(OptionError, match="is closed and cannot be waited for"):
+        count_readers(other)
+
+
+def test_distributed_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(OptionError, match=r"pip install 'atlasvi\[cluster\]'"):
+        count_workers(2, object())
+    assert count_workers(2) == 2
+
+
+# --- last, since the worker that takes its place would import everything anew ---------------------------
+
+
+def test_a_killed_worker_costs_no_cell(client, places):
+    atlas = places["store"]
+    units = units_of(N_OBS, block_rows=20)
+    expected = [atlas.read_rows(slice(unit.start, unit.stop)) for unit in units]
+    before = client.run(os.getpid)
+    got = []
+    for k, counts in enumerate(read_units_on(client, atlas, None, units, ahead=8)):
+        got.append(counts)
+        if k == 10:
+            os.kill(next(iter(before.values())), signal.SIGKILL)
+    assert digest(got) == digest(expected)
+    client.wait_for_workers(2)
+    assert set(client.run(os.getpid).values()) != set(before.values())
