@@ -21,13 +21,14 @@ from atlasvi.store.fields import match_genes
 from atlasvi.store.genes import Join
 from atlasvi.store.joined import JoinedSource
 from atlasvi.store.obsm import write_obsm
+from atlasvi.store.remote import is_url
 from atlasvi.store.sources import GroupSource, open_source
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
     import anndata
-
     import distributed
+
     from atlasvi.store.stats import GeneSet, Statistics
 
 Rows: TypeAlias = "slice | NDArray[Any] | Sequence[int]"
@@ -59,7 +60,8 @@ def open(
     that of the first.
 
     Args:
-        path: an AnnData Zarr store with counts by cells (what `ingest` writes, or any other), or an
+        path: an AnnData Zarr store with counts by cells (what `ingest` writes, or any other), its URL
+            (``https://``, ``s3://``, ``gs://``, ``az://``: ``pip install 'atlasvi[remote]'``), or an
             ``.h5ad``, which reads far slower; or several of these, or of atlases that are open. A mapping
             names them; else they are named after their files.
         layer: where the counts are: ``None`` for ``X``, a layer's name, or ``"raw"``. Atlases that are open
@@ -74,7 +76,9 @@ def open(
     Raises:
         NotAnAtlasError: there is no AnnData there, or an ingest never finished.
         CorruptError: a file is truncated or damaged.
-        OptionError: the layer is not there, or the counts are stored by genes.
+        OptionError: the layer is not there, the counts are stored by genes, or a URL needs a package that
+            is not installed.
+        StoreError: a server that does not answer, after a few tries.
         GenesError: several share no gene, or a gene stands twice in one.
         CellsError: a cell's name stands twice in several.
 
@@ -86,7 +90,7 @@ def open(
     if isinstance(path, Atlas):
         return path
     if isinstance(path, str | os.PathLike):
-        return _open_one(Path(path), layer)
+        return _open_one(path, layer)
     if not isinstance(path, Sequence | Mapping):
         raise OptionError(f"a {type(path).__name__} cannot be opened; pass a path, or a list of paths")
     items = list(path.values()) if isinstance(path, Mapping) else list(path)
@@ -110,8 +114,10 @@ def open(
         raise
 
 
-def _open_one(path: Path, layer: str | None) -> Atlas:
-    remedy = "make one: atlasvi ingest INPUT -o atlas.zarr"
+def _open_one(path: str | os.PathLike[str], layer: str | None) -> Atlas:
+    if isinstance(path, str) and is_url(path):
+        return Atlas(_by_cells(open_source(path, layer)))
+    path, remedy = Path(path), "make one: atlasvi ingest INPUT -o atlas.zarr"
     if not path.exists():
         raise NotAnAtlasError(f"{str(path)!r} is not an atlas: nothing is there; {remedy}")
     if path.is_dir() and not any((path / name).exists() for name in _ROOTS):
@@ -137,7 +143,7 @@ def as_atlas(data: Atlas | anndata.AnnData | str | os.PathLike[str], *, layer: s
     """An atlas from whatever a method of a model is given.
 
     Args:
-        data: an `Atlas`, returned as it is; an AnnData; or the path of a store.
+        data: an `Atlas`, returned as it is; an AnnData; or the path or URL of a store.
         layer: where the counts are, for the latter two.
 
     Raises:
@@ -311,18 +317,18 @@ class Atlas:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- views ----------------------------------------------------------------------------------
-
-    def __getitem__(self, index: Rows | tuple[Rows, Genes]) -> Atlas:
-        rows, genes = index if isinstance(index, tuple) else (index, slice(None))
-        view = Atlas(self._source, path=self._path)
-        view.registration = self.registration
     def __reduce__(self) -> tuple[Any, ...]:
         """By where it is: another process opens the store anew, and counts are never pickled."""
         is_joined = isinstance(self._source, JoinedSource)
         where = self._source if is_joined else (cluster.place_of(self), self.layer)
         return _open_again, (where, self._rows, self._columns, self.registration)
 
+    # --- views ----------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Rows | tuple[Rows, Genes]) -> Atlas:
+        rows, genes = index if isinstance(index, tuple) else (index, slice(None))
+        view = Atlas(self._source, path=self._path)
+        view.registration = self.registration
         view._rows = _compose(self._rows, self._find_cells(rows), self.n_obs)
         view._columns = _compose(self._columns, self._find_genes(genes), self.n_vars)
         if view._columns is not None:
@@ -515,13 +521,13 @@ class Atlas:
         gene_sets: Mapping[str, GeneSet] | None = None,
         num_workers: int | None = None,
         memory_budget: int | None = None,
+        client: distributed.Client | None = None,
     ) -> Statistics:
         """Moments and detection of genes, totals of cells and shares of gene sets, in one pass.
 
         Sums are exact, so that the result is the same to the last bit however the cells are read. Beside
         the decoded blocks it takes 32 bytes a gene, 12 bytes a cell and 8 more for each gene set.
 
-        client: distributed.Client | None = None,
         Args:
             batch_key: column of obs with the batches whose library sizes are to be told apart.
             gene_sets: by name, each a prefix of gene names (``"MT-"``), names, a boolean mask, or
@@ -531,13 +537,13 @@ class Atlas:
             client: of a Dask cluster whose workers add up what they read; see `stream`.
 
         Raises:
+            OptionError: a client with which this cannot be.
             CellsError: there are no cells.
             ObsError: the batch column is missing or has gaps.
             GenesError: a gene set without a gene, or that does not fit the atlas.
 
         Example:
             >>> found = atlas.statistics(batch_key="batch", gene_sets={"first": "G000"})
-            OptionError: a client with which this cannot be.
             >>> found.batches, len(found.shares["first"]) == atlas.n_obs
             (('b0', 'b1'), True)
         """
@@ -680,6 +686,11 @@ class Atlas:
                 f"obsm[{key!r}] cannot be written to {self.name!r}, which is several stores as one; write it "
                 "to each: atlasvi.open(path).write_obsm(...), or make one of them: atlasvi.ingest([...], out)"
             )
+        if is_url(self.name):
+            raise OptionError(
+                f"obsm[{key!r}] cannot be written to {self.name!r}: what a URL names is only read; write it "
+                "to a store or an .h5ad on disk that has these cells"
+            )
         if self._path is None or not self.is_whole:
             raise OptionError(
                 f"obsm[{key!r}] can be written to a whole store on disk, not to {self!r}; "
@@ -688,17 +699,6 @@ class Atlas:
         if not key or "/" in key or "\\" in key or key.startswith("."):
             raise OptionError(f"obsm key {key!r} cannot be the name of a folder; take one such as 'X_scVI'")
         write_obsm(self._path, key, blocks, (self.n_obs, width))
-
-
-def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut increasing rows where they lie far apart, and long stretches with holes into pieces."""
-    for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP) + 1):
-        has_holes = run[-1] - run[0] + 1 > len(run)
-        if not has_holes:
-            yield run
-            continue
-        piece = (run - run[0]) // _MAX_SPARSE_READ
-        yield from np.split(run, np.flatnonzero(np.diff(piece)) + 1)
 
 
 def _open_again(
@@ -711,6 +711,17 @@ def _open_again(
     view = atlas[slice(None) if rows is None else rows, slice(None) if columns is None else columns]
     view.registration = registration
     return view
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut increasing rows where they lie far apart, and long stretches with holes into pieces."""
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP) + 1):
+        has_holes = run[-1] - run[0] + 1 > len(run)
+        if not has_holes:
+            yield run
+            continue
+        piece = (run - run[0]) // _MAX_SPARSE_READ
+        yield from np.split(run, np.flatnonzero(np.diff(piece)) + 1)
 
 
 def _positions(

@@ -16,7 +16,7 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CorruptError
-from atlasvi.store.rows import SparseRows, plain, reading, with_zarrs
+from atlasvi.store.rows import SparseRows, member, plain, reading
 from atlasvi.store.spill import Spill, disk_array
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ColumnRows:
     def __init__(self, node: Any, place: str, scratch: Path | None) -> None:
         self._place, self._scratch = place, scratch
         self.shape = int(node.attrs["shape"][0]), int(node.attrs["shape"][1])
-        self._indices, self._data = with_zarrs(lambda: (node["indices"], node["data"]))
+        self._indices, self._data = member(node, "indices"), member(node, "data")
         with reading(place, 0, self.shape[0]):
             self._starts = np.asarray(node["indptr"][...], np.int64)
         lengths = int(self._indices.shape[0]), int(self._data.shape[0])

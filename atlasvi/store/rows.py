@@ -13,9 +13,11 @@ import scipy.sparse as sp
 import zarr
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
-from atlasvi.errors import CorruptError, OptionError
+from atlasvi.errors import CorruptError, OptionError, StoreError
 from atlasvi.store.offsets import Offsets
+from atlasvi.store.remote import RemoteStore, RemoteVector
 from atlasvi.store.shards import DamagedShard, ShardedVector
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
@@ -47,6 +49,13 @@ def with_zarrs(make: Callable[[], Any]) -> Any:
     """
     with _config_lock, zarr.config.set(_ZARRS):
         return make()
+
+
+def member(group: Any, key: str) -> Any:
+    """An array of an HDF5 or Zarr group, to be read as fast as where it lies allows."""
+    if isinstance(group, zarr.Group) and isinstance(group.store, LocalStore):
+        return with_zarrs(lambda: group[key])
+    return group[key]
 
 
 def plain(values: NDArray[Any], place: str) -> NDArray[Any]:
@@ -199,12 +208,17 @@ def _index_type(indices: NDArray[Any]) -> NDArray[Any]:
 
 
 class reading(AbstractContextManager[None]):
-    """Turns what a reader raises inside the block into a `CorruptError` naming file and rows."""
+    """Turns what a reader raises inside the block into a `CorruptError` naming file and rows.
+
+    A `StoreError`, which says itself what is wrong, as where a server does not answer, is told the rows.
+    """
 
     def __init__(self, place: str, start: int, stop: int) -> None:
         self._where = f"{place}: rows {start} to {stop} cannot be read"
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StoreError):
+            raise type(error)(f"{self._where}: {error}") from error
         if isinstance(error, (OSError, RuntimeError, ValueError, EOFError)):
             detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptError(
@@ -212,22 +226,21 @@ class reading(AbstractContextManager[None]):
             ) from error
 
 
-def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
+def group_rows(group: Any, key: str, place: str, *, is_ours: bool) -> Rows:
     """The reader of the matrix ``group[key]`` of an HDF5 or Zarr file.
 
     Args:
         group: h5py or zarr group.
         key: where the matrix is, as ``"X"`` or ``"layers/counts"``.
         place: file and matrix, for errors.
-        folder: of a Zarr group on a local disk, else ``None``.
+        is_ours: whether `ingest` made it, so that a shard that is missing is damage.
 
     Raises:
         OptionError: a matrix of a kind that is not known.
     """
     node = group[key]
     if not hasattr(node, "keys"):
-        array = with_zarrs(lambda: group[key]) if isinstance(group, zarr.Group) else node
-        return DenseRows(array, place)
+        return DenseRows(member(group, key), place)
     encoding = str(node.attrs.get("encoding-type", ""))
     if encoding != "csr_matrix":
         raise OptionError(
@@ -235,13 +248,18 @@ def group_rows(group: Any, key: str, place: str, folder: Path | None) -> Rows:
             "convert it first: adata.X = adata.X.tocsr(), then write it again"
         )
     n_vars = int(node.attrs["shape"][1])
-    if not isinstance(group, zarr.Group):
-        return SparseRows(node["indptr"], node["indices"], node["data"], n_vars, place)
-    indices, data = with_zarrs(lambda: (node["indices"], node["data"]))
-    if folder is not None:
-        indices = ShardedVector.of(folder / key / "indices", indices) or indices
-        data = ShardedVector.of(folder / key / "data", data) or data
-    return SparseRows(node["indptr"], indices, data, n_vars, place)
+    vector = _vector if is_ours and isinstance(group, zarr.Group) else member
+    return SparseRows(node["indptr"], vector(node, "indices"), vector(node, "data"), n_vars, place)
+
+
+def _vector(group: zarr.Group, key: str) -> Any:
+    """A long array of an atlas, straight from its shards where they are laid out as `ingest` does."""
+    array: Any = member(group, key)
+    if isinstance(group.store, RemoteStore):
+        return RemoteVector.of(array.store_path, array) or array
+    if isinstance(group.store, LocalStore):
+        return ShardedVector.of(Path(group.store.root, array.path), array) or array
+    return array
 
 
 __all__ = [
@@ -251,6 +269,7 @@ __all__ = [
     "Rows",
     "SparseRows",
     "group_rows",
+    "member",
     "plain",
     "reading",
     "with_zarrs",

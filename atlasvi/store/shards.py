@@ -1,4 +1,4 @@
-"""Reading runs of entries straight out of the shards of a Zarr v3 array on a local disk.
+"""Reading runs of entries straight out of the shards of a Zarr v3 array.
 
 A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr,
 most of the time goes into describing these chunks, in Python; here a shard is opened, its index and the
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -29,15 +30,46 @@ class DamagedShard(Exception):
     """A shard that is missing, cut short or altered.
 
     Args:
-        path: the file.
+        name: the file, or its URL.
         fault: what is wrong with it, to follow its name in a sentence.
         first: first entry that it holds.
         last: the entry after the last.
     """
 
-    def __init__(self, path: Path, fault: str, first: int, last: int) -> None:
-        super().__init__(f"shard {path} {fault}")
+    def __init__(self, name: str, fault: str, first: int, last: int) -> None:
+        super().__init__(f"shard {name} {fault}")
         self.first, self.last = first, last
+
+
+class ShardFile(Protocol):
+    """A shard, of which pieces are read."""
+
+    def tail(self, n: int) -> bytes:
+        """The last ``n`` bytes, or all where there are fewer."""
+        ...
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes ``begin`` to ``end``, fewer where it ends before."""
+        ...
+
+
+class _File(AbstractContextManager["_File"]):
+    """A shard on a local disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        self._size = os.fstat(self._file).st_size
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def tail(self, n: int) -> bytes:
+        """The last bytes."""
+        return os.pread(self._file, n, max(self._size - n, 0))
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Some bytes; memory for what is not there is not asked for."""
+        return os.pread(self._file, max(min(end, self._size) - begin, 0), begin)
 
 
 class ShardedVector:
@@ -47,7 +79,7 @@ class ShardedVector:
     them, as appending does with the last, is read as it then is.
 
     Args:
-        folder: of the array.
+        folder: of the array: a path, or what joins names with ``/`` as one does.
         shape: ``(n,)``.
         shard: entries a shard.
         chunk: entries an inner chunk.
@@ -58,7 +90,7 @@ class ShardedVector:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Any,
         shape: tuple[int],
         shard: int,
         chunk: int,
@@ -70,11 +102,11 @@ class ShardedVector:
         self._shard, self._chunk, self._fill, self._decode = shard, chunk, fill, decode
 
     @classmethod
-    def of(cls, folder: Path, array: Any) -> ShardedVector | None:
+    def of(cls, folder: Any, array: Any) -> Self | None:
         """The reader of ``array``, or ``None`` where it is laid out in another way.
 
         Args:
-            folder: of the array.
+            folder: of the array, as the class has it.
             array: the opened ``zarr.Array``.
         """
         metadata = array.metadata.to_dict()
@@ -114,33 +146,28 @@ class ShardedVector:
     def _read(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """Entries ``start`` to ``stop`` of the vector, all of them in shard ``k``."""
         base, chunk = k * self._shard, self._chunk
-        path = self.folder / "c" / str(k)
 
         def damaged(fault: str) -> DamagedShard:
-            return DamagedShard(path, fault, base, min(base + self._shard, self.shape[0]))
+            return DamagedShard(str(self._path(k)), fault, base, min(base + self._shard, self.shape[0]))
 
+        n_chunks = self._shard // chunk
+        low, high = (start - base) // chunk, -(-(stop - base) // chunk)
         try:
-            file = os.open(path, os.O_RDONLY)
+            with self._open(k) as file:
+                tail = file.tail(16 * n_chunks + _CRC_BYTES)
+                if len(tail) < 16 * n_chunks + _CRC_BYTES:
+                    raise damaged("is cut short")
+                if not _crc_matches(tail):
+                    raise damaged("has a wrong checksum in its index")
+                index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[low:high].tolist()
+                there = [(at, length) for at, length in index if (at, length) != (_ABSENT, _ABSENT)]
+                begin = min((at for at, _ in there), default=0)
+                end = max(map(sum, there), default=0)
+                block = memoryview(file.read(begin, end) if there else b"")
         except FileNotFoundError as error:
             raise damaged("is missing") from error
-        try:
-            n_chunks = self._shard // chunk
-            size, index_bytes = os.fstat(file).st_size, 16 * n_chunks + _CRC_BYTES
-            if size < index_bytes:
-                raise damaged("is cut short")
-            tail = os.pread(file, index_bytes, size - index_bytes)
-            if not _crc_matches(tail):
-                raise damaged("has a wrong checksum in its index")
-            low, high = (start - base) // chunk, -(-(stop - base) // chunk)
-            index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[low:high].tolist()
-            there = [(offset, length) for offset, length in index if (offset, length) != (_ABSENT, _ABSENT)]
-            begin = min((offset for offset, _ in there), default=0)
-            end = max(map(sum, there), default=0)
-            if end > size:
-                raise damaged("is cut short")
-            block = memoryview(os.pread(file, end - begin, begin))
-        finally:
-            os.close(file)
+        if len(block) < end - begin:
+            raise damaged("is cut short")
         for c, (offset, length) in enumerate(index, low):
             at = base + c * chunk - start
             if (offset, length) == (_ABSENT, _ABSENT):
@@ -150,6 +177,13 @@ class ShardedVector:
             if not _crc_matches(piece):
                 raise damaged("has a wrong checksum")
             self._put(piece[:-_CRC_BYTES], out, at)
+
+    def _open(self, k: int) -> AbstractContextManager[ShardFile]:
+        """Shard ``k``. Where there is none, this or a read from it raises `FileNotFoundError`."""
+        return _File(self._path(k))
+
+    def _path(self, k: int) -> Any:
+        return self.folder / "c" / str(k)
 
     def _put(self, piece: memoryview, out: NDArray[Any], at: int) -> None:
         """Decode a chunk whose first entry belongs at ``out[at]``; what lies outside ``out`` is left out."""
@@ -180,4 +214,4 @@ def _crc_matches(block: bytes | memoryview) -> bool:
     return bool(google_crc32c.value(bytes(block[:-_CRC_BYTES])) == stated)
 
 
-__all__ = ["DamagedShard", "ShardedVector"]
+__all__ = ["DamagedShard", "ShardFile", "ShardedVector"]

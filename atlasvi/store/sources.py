@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from anndata.io import read_elem
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
-from atlasvi.errors import CorruptError, NotAnAtlasError, OptionError, StoreError
+from atlasvi.errors import AtlasviError, CorruptError, NotAnAtlasError, OptionError, StoreError
 from atlasvi.store import frame
 from atlasvi.store.base import Extras, Source
 from atlasvi.store.columns import ColumnRows
+from atlasvi.store.remote import is_url, open_group
 from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, reading
 
 FORMAT = 1
@@ -34,14 +35,15 @@ def open_source(
     """Open whatever holds counts.
 
     Args:
-        what: an AnnData ``.h5ad`` or ``.zarr`` (an atlas is one), a 10x ``.h5``, a folder with
-            ``matrix.mtx``, an AnnData (in memory, backed or lazy), or any `Source`, returned as it is.
+        what: an AnnData ``.h5ad`` or ``.zarr`` (an atlas is one), the URL of a Zarr one, a 10x ``.h5``, a
+            folder with ``matrix.mtx``, an AnnData (in memory, backed or lazy), or any `Source`, returned as
+            it is.
         layer: where the counts are: ``None`` for ``X``, the name of a layer, or ``"raw"`` for ``raw.X``.
         scratch: folder for temporary files (Matrix Market, and what is stored by genes, is put into rows on
             disk); by default the system's.
 
     Raises:
-        StoreError: no such file, or one in a format that is not known.
+        StoreError: no such file, or one in a format that is not known; a server that does not answer.
         NotAnAtlasError: a folder that is none of these, or that an ingest never finished.
         CorruptError: a truncated or damaged file.
         OptionError: the layer is not there, or the matrix is of a kind that is not known.
@@ -53,6 +55,8 @@ def open_source(
             kind = type(what).__name__
             raise OptionError(f"counts cannot be read from a {kind}; pass a path or an AnnData")
         return _as_it_is(what, layer)
+    if is_url(what):
+        return _zarr_source(lambda: open_group(str(what)), str(what), None, layer, scratch)
     path = Path(what)
     if not path.exists():
         raise StoreError(f"no such file or folder: {str(path)!r}")
@@ -80,15 +84,23 @@ def _open_folder(path: Path, layer: str | None, scratch: Path | None) -> Source:
             f"{str(path)!r} is not an atlas: neither a Zarr store nor a folder with matrix.mtx; give the "
             "folder that `atlasvi ingest` wrote"
         )
+    return _zarr_source(lambda: zarr.open_group(path, mode="r"), str(path), path, layer, scratch)
+
+
+def _zarr_source(
+    open_it: Callable[[], zarr.Group], name: str, path: Path | None, layer: str | None, scratch: Path | None
+) -> Source:
     try:
-        group = zarr.open_group(path, mode="r")
+        group = open_it()
+    except AtlasviError:
+        raise
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CorruptError(f"{str(path)!r}: damaged Zarr metadata ({error}); copy it again") from error
+        raise CorruptError(f"{name!r}: damaged Zarr metadata ({error}); copy it again") from error
     if group.attrs.get("encoding-type") != "anndata":
         raise NotAnAtlasError(
-            f"{str(path)!r} is a Zarr store but not an AnnData (an ingest that never finished?); ingest again"
+            f"{name!r} is a Zarr store but not an AnnData (an ingest that never finished?); ingest again"
         )
-    return GroupSource(group, path, layer, scratch)
+    return GroupSource(group, name, path, layer, scratch)
 
 
 def _open_hdf5(path: Path, layer: str | None, scratch: Path | None) -> Source:
@@ -113,7 +125,7 @@ def _hdf5_source(group: h5py.File, path: Path, layer: str | None, scratch: Path 
     if "obs" in group and "var" in group:
         if not isinstance(group["obs"], h5py.Group):
             raise StoreError(f"{str(path)!r} is of anndata < 0.7; read it with anndata and write it again")
-        return GroupSource(group, path, layer, scratch)
+        return GroupSource(group, str(path), path, layer, scratch)
     tables = [key for key in group if isinstance(group[key], h5py.Group) and "barcodes" in group[key]]
     if len(tables) == 1:
         _only_x(path, layer)
@@ -213,29 +225,40 @@ class OtherSource(Source):
 
 
 class GroupSource(Source):
-    """An AnnData in an HDF5 file or a Zarr store."""
+    """An AnnData in an HDF5 file or a Zarr store.
 
-    def __init__(self, group: Any, path: Path, layer: str | None, scratch: Path | None = None) -> None:
-        self._group, self.path, self.layer, self._scratch = group, path, layer, scratch
+    Args:
+        group: h5py or zarr group.
+        name: path or URL.
+        path: of what is on disk, else ``None``.
+        layer: where the counts are.
+        scratch: folder for temporary files.
+    """
+
+    def __init__(
+        self, group: Any, name: str, path: Path | None, layer: str | None, scratch: Path | None = None
+    ) -> None:
+        self._group, self._name, self.path, self.layer, self._scratch = group, name, path, layer, scratch
         self._format = dict(group.attrs).get("atlasvi")
         self.is_checked = self._format is not None
         if self._format is not None and int(self._format["format"]) > FORMAT:
             raise StoreError(
-                f"{str(path)!r} has format {self._format['format']}, made by a newer atlasvi; this one reads "
+                f"{name!r} has format {self._format['format']}, made by a newer atlasvi; this one reads "
                 f"up to {FORMAT}: upgrade atlasvi"
             )
-        layers = list(group["layers"]) if "layers" in group else []
-        key, self._place = _matrix_place(layer, layers, "raw/X" in group, str(path))
+        layers = _members(group, "layers")
+        if layer is not None and layer not in layers and f"layers/{layer}" in group:
+            layers.append(layer)  # of a server that does not list what it has
+        key, self._place = _matrix_place(layer, layers, "raw/X" in group, name)
         if key not in group:
-            raise StoreError(f"{str(path)!r} has no {self._place}; name the layer with counts: layer=...")
+            raise StoreError(f"{name!r} has no {self._place}; name the layer with counts: layer=...")
         self._var = group["raw/var"] if key == "raw/X" else group["var"]
-        is_ours = self._format is not None and isinstance(group, zarr.Group)
-        place = f"{str(path)!r} {self._place}"
+        place = f"{name!r} {self._place}"
         self.by_genes = _is_by_genes(group[key])
         self._rows: Rows = (
             ColumnRows(group[key], place, scratch)
             if self.by_genes
-            else group_rows(group, key, place, path if is_ours else None)
+            else group_rows(group, key, place, is_ours=self._format is not None)
         )
         self._check_shape()
 
@@ -243,14 +266,14 @@ class GroupSource(Source):
         names = tuple(int(frame.index(table).shape[0]) for table in (self._group["obs"], self._var))
         if names != self._rows.shape:
             raise CorruptError(
-                f"{str(self.path)!r}: {self._place} has shape {self._rows.shape} but there are names of "
+                f"{self._name!r}: {self._place} has shape {self._rows.shape} but there are names of "
                 f"{names[0]} cells and {names[1]} genes; write it again"
             )
 
     @property
     def name(self) -> str:
-        """The path."""
-        return str(self.path)
+        """The path or URL."""
+        return self._name
 
     @property
     def attributes(self) -> dict[str, Any] | None:
@@ -315,17 +338,19 @@ class GroupSource(Source):
     def extras(self) -> Extras:
         """What is in obsm and uns, and the names of the rest."""
         group = self._group
-        obsm = {key: group["obsm"][key] for key in group.get("obsm", ())}
+        obsm = {key: group["obsm"][key] for key in _members(group, "obsm")}
         arrays = {key: node for key, node in obsm.items() if not hasattr(node, "keys")}
         frames = tuple(k for k, node in obsm.items() if node.attrs.get("encoding-type") == "dataframe")
         others = [key for key in obsm if key not in arrays and key not in frames]
         left_out = [f"obsm[{key!r}]" for key in others]
         for part in ("obsp", "varm", "varp"):
-            left_out += [f"{part}[{key!r}]" for key in group.get(part, ())]
-        elsewhere = (["X"] if "X" in group else []) + list(group.get("layers", ()))
+            left_out += [f"{part}[{key!r}]" for key in _members(group, part)]
+        if not _lists(group):
+            left_out.append("obsm, uns and the rest, as the server does not list what it has")
+        elsewhere = (["X"] if "X" in group else []) + _members(group, "layers")
         elsewhere += [RAW] if "raw/X" in group else []
         mine = self.layer if self.layer is not None else "X"
-        uns = (lambda: dict(read_elem(group["uns"]))) if "uns" in group and len(group["uns"]) else None
+        uns = (lambda: dict(read_elem(group["uns"]))) if _members(group, "uns") else None
         return Extras(arrays, frames, uns, tuple(left_out), tuple(key for key in elsewhere if key != mine))
 
     def obsm_frame(self, key: str) -> Any:
@@ -334,8 +359,7 @@ class GroupSource(Source):
 
     def other(self, layer: str | None) -> Source:
         """The same file, another matrix."""
-        assert self.path is not None
-        return GroupSource(self._group, self.path, layer, self._scratch)
+        return GroupSource(self._group, self._name, self.path, layer, self._scratch)
 
     def values(self, n: int) -> Iterator[NDArray[Any]]:
         """Some values."""
@@ -347,6 +371,17 @@ class GroupSource(Source):
             self._rows.close()
         if isinstance(self._group, h5py.File):
             self._group.close()
+
+
+def _lists(group: Any) -> bool:
+    """Whether it is known which members a group has: not over HTTP, unless metadata are consolidated."""
+    is_remote = isinstance(group, zarr.Group) and not group.store.supports_listing
+    return not is_remote or group.metadata.consolidated_metadata is not None
+
+
+def _members(group: Any, key: str) -> list[str]:
+    """Names of the members of ``group[key]``, as far as that is known."""
+    return list(group[key]) if _lists(group) and key in group else []
 
 
 class AnnDataSource(Source):
