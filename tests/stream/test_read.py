@@ -1,17 +1,22 @@
 """Reading ahead: the order of the plan, errors as they were, and threads that end."""
 
+import contextlib
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from atlasvi_kernels import CSR
 
 from atlasvi.errors import OptionError
+from atlasvi.store import atlas as atlas_module
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import default_workers, read_units
 
@@ -101,6 +106,58 @@ def test_threads_end_when_the_consumer_stops(num_workers, how):
         with pytest.raises(error):
             buffers.throw(error())
     assert ours() == []
+
+
+def open_files(folder):
+    """Descriptors of this process for files under a folder."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists the folder
+            found.append(descriptor.readlink())
+    return [path for path in found if path.is_relative_to(folder)]
+
+
+@pytest.fixture(scope="module")
+def stored(small_store, tmp_path_factory):
+    """The same cells in the two kinds of files that can be opened."""
+    folder = tmp_path_factory.mktemp("read")
+    anndata.read_zarr(small_store).write_h5ad(folder / "small.h5ad")
+    return {"store": small_store, "h5ad": folder / "small.h5ad"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors are listed in /proc")
+@pytest.mark.parametrize("kind", ("store", "h5ad"))
+@pytest.mark.parametrize("how", ("break", "raise", "interrupt"))
+def test_no_thread_and_no_file_is_left_when_a_consumer_stops_amid_a_full_queue(stored, kind, how):
+    path, calls, ahead = stored[kind], [], 4
+    before = set(threading.enumerate())
+
+    def consume():
+        def read(start, stop):
+            calls.append(start)
+            return atlas.read_rows(slice(start, stop))
+
+        for _ in read_units(read, units_of(atlas.n_obs), num_workers=2, ahead=ahead):
+            deadline = time.monotonic() + 30
+            while len(calls) < ahead and time.monotonic() < deadline:
+                time.sleep(0.005)
+            if how == "break":
+                break
+            if how == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("the consumer has enough")
+
+    with atlas_module.open(path) as atlas:
+        if how == "break":
+            consume()
+        else:
+            with pytest.raises(KeyboardInterrupt if how == "interrupt" else RuntimeError):
+                consume()
+        assert len(calls) == ahead
+        assert not set(threading.enumerate()) - before
+        # An .h5ad stays open as long as its atlas, which shows that open files are seen.
+        assert bool(open_files(path.parent)) == (kind == "h5ad")
+    assert open_files(path.parent) == []
 
 
 def test_a_stream_that_was_never_begun_has_no_threads():
