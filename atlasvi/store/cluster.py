@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError, StoreError
 from atlasvi.store.joined import JoinedSource
+from atlasvi.store.remote import is_url
 
 if TYPE_CHECKING:
     import distributed
@@ -46,7 +47,7 @@ class Piece:
     """Cells of one store.
 
     Args:
-        path: of the store.
+        path: of the store, or its URL.
         layer: where its counts are.
         rows: of the store, in any order.
         columns: ``(G_store,)``, which gene each column becomes, or -1 (left out); ``None`` as they are.
@@ -126,11 +127,13 @@ def _pieces(
 
 
 def place_of(atlas: Atlas) -> str:
-    """The path of a store as another process finds it.
+    """The path or URL of a store, as another process finds it.
 
     Raises:
         OptionError: there is none, as of an AnnData in memory.
     """
+    if is_url(atlas.name):
+        return atlas.name
     if atlas.path is None:
         raise OptionError(
             f"{atlas!r} is not a store on disk, so that no other process can read it; make one: "
@@ -181,6 +184,8 @@ def _open_once(path: str, layer: str | None) -> Atlas:
 
 
 def _stamp(path: str) -> object:
+    if is_url(path):
+        return None  # to ask for each block would cost a request
     for file in (Path(path, "zarr.json"), Path(path, ".zgroup"), Path(path)):
         if file.exists():
             found = file.stat()

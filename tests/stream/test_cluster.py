@@ -254,6 +254,15 @@ def test_a_relative_path_is_sent_as_an_absolute_one(places, monkeypatch):
         )
 
 
+def test_a_store_behind_a_url_is_sent_by_its_url(places):
+    url = places["store"].path.as_uri()
+    with atlas_module.open(url) as atlas:
+        block = locate(atlas, np.arange(5, 9))
+    assert block.pieces[0].path == url
+    expected = places["store"].read_rows(slice(5, 9))
+    assert digest([block.read()]) == digest([expected])
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 

@@ -153,7 +153,7 @@ def test_no_thread_and_no_file_is_left_when_a_consumer_stops_amid_a_full_queue(s
         else:
             with pytest.raises(KeyboardInterrupt if how == "interrupt" else RuntimeError):
                 consume()
-        assert len(calls) == ahead
+        assert ahead <= len(calls) <= ahead + 1  # one more, for the one that was taken
         assert not set(threading.enumerate()) - before
         # An .h5ad stays open as long as its atlas, which shows that open files are seen.
         assert bool(open_files(path.parent)) == (kind == "h5ad")
