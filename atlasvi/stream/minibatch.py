@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
-from atlasvi.stream.plan import MEMORY_BUDGET, EpochPlan, Unit, default_sizes, ordered_rows, plan_epoch
+from atlasvi.stream.plan import (
+    MEMORY_BUDGET,
+    EpochPlan,
+    Unit,
+    blocks_ahead,
+    default_sizes,
+    ordered_rows,
+    plan_epoch,
+)
 from atlasvi.stream.read import ReadBlock, default_workers, read_units
 from atlasvi.types import Minibatch
 
@@ -194,8 +202,7 @@ def _stream(
     workers = default_workers() if num_workers is None else num_workers
     if shuffle:
         block_rows, n_lanes = default_sizes(atlas.bytes_per_row, memory_budget)
-        # What is decoded ahead is the budget's last third.
-        ahead = max(1, min(2 * workers, n_lanes // 2))
+        ahead = blocks_ahead(atlas.bytes_per_row, block_rows, workers, memory_budget)
     else:
         block_rows, n_lanes = ordered_rows(atlas.bytes_per_row, workers, memory_budget), 1
         ahead = max(1, 2 * workers)
@@ -215,42 +222,65 @@ def _stream(
 
 
 class _Held:
-    """A unit whose rows are being visited."""
+    """The units whose rows are being visited, in the order of their lanes, and where they lie in the pool."""
 
-    def __init__(self, unit: Unit, slot: int, order: Positions) -> None:
-        self.unit, self.slot, self.order = unit, slot, order
+    def __init__(self) -> None:
+        self._units: list[tuple[Unit, int, Positions]] = []
+        self._index()
+
+    def add(self, new: list[tuple[Unit, int, Positions]]) -> None:
+        """Take in units, each with its slot in the pool and the order of its rows."""
+        if new:
+            self._units = sorted(self._units + new, key=lambda held: (held[0].lane, held[0].first))
+            self._index()
+
+    def let_go(self, done: Positions) -> list[int]:
+        """Forget the units that were visited to their ends, and return their slots."""
+        ended = [slot for unit, slot, _ in self._units if unit.last <= done[unit.lane]]
+        if ended:
+            self._units = [held for held in self._units if held[0].last > done[held[0].lane]]
+            self._index()
+        return ended
+
+    def draw(self, before: Positions, after: Positions) -> tuple[Positions, Positions, Positions]:
+        """Slot, row and position of the cells that come after ``before`` and up to ``after``, by lane."""
+        low = np.maximum(before[self._lane], self._first)
+        each = np.maximum(np.minimum(after[self._lane], self._last) - low, 0)
+        begin = low - self._first
+        runs = zip(self._orders, begin.tolist(), (begin + each).tolist(), strict=True)
+        rows = np.concatenate([np.empty(0, np.int64), *(order[a:b] for order, a, b in runs)])
+        return np.repeat(self._slot, each), rows, np.repeat(self._start, each) + rows
+
+    def _index(self) -> None:
+        table = [(unit.lane, unit.first, unit.last, unit.start, slot) for unit, slot, _ in self._units]
+        columns = np.array(table, np.int64).reshape(-1, 5).T
+        self._lane, self._first, self._last, self._start, self._slot = columns
+        self._orders = [order for _, _, order in self._units]
 
 
 def gather(
     read: Generator[CSR], units: list[Unit], plan: EpochPlan, n_vars: int, lanes: range, start: int
 ) -> Generator[tuple[CSR, Positions]]:
     """Minibatches drawn from the lanes, lane after lane; a unit is let go when its last row is drawn."""
-    pool, held = RowPool(n_vars), {lane: list[_Held]() for lane in lanes}
-    coming = iter(units)
+    pool, held, coming = RowPool(n_vars), _Held(), iter(units)
+    mine = np.array(lanes, np.int64)
     with closing(read):
         before = plan.taken(start)
+        come = before.copy()  # rows of each lane in the units that have come
         for i in range(start, plan.n_minibatches):
             after = plan.taken(i + 1)
-            for lane in lanes:
-                while after[lane] > (held[lane][-1].unit.last if held[lane] else before[lane]):
-                    unit = next(coming)
-                    held[unit.lane].append(_Held(unit, pool.add(next(read)), plan.order(unit)))
-            slots, rows, positions = [], [], []
-            for lane in lanes:
-                for each in held[lane]:
-                    lo, hi = max(before[lane], each.unit.first), min(after[lane], each.unit.last)
-                    if lo < hi:
-                        order = each.order[lo - each.unit.first : hi - each.unit.first]
-                        slots.append(np.full(len(order), each.slot))
-                        rows.append(order)
-                        positions.append(each.unit.start + order)
-            none = np.empty(0, np.int64)
-            piece = pool.take(np.concatenate([none, *slots]), np.concatenate([none, *rows]))
-            for lane in lanes:
-                while held[lane] and held[lane][0].unit.last <= after[lane]:
-                    pool.drop(held[lane].pop(0).slot)
+            new = []
+            while (after[mine] > come[mine]).any():
+                unit = next(coming)
+                new.append((unit, pool.add(next(read)), plan.order(unit)))
+                come[unit.lane] = unit.last
+            held.add(new)
+            slots, rows, positions = held.draw(before, after)
+            piece = pool.take(slots, rows)
+            for slot in held.let_go(after):
+                pool.drop(slot)
             before = after
-            yield piece, np.concatenate([none, *positions])
+            yield piece, positions
             del piece
 
 

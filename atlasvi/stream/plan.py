@@ -6,6 +6,10 @@ blocks in an order of its own, through the rows of a block in a random order, an
 all lanes in proportion to their lengths. So what a minibatch holds does not depend on who reads: a reader,
 or one of several machines, takes some of the lanes and reads the blocks of these alone; and any minibatch
 can be asked for without the ones before it.
+
+Weights change how often a cell comes: a cell of expected number e comes floor(e) or floor(e) + 1 times, by a
+random number that belongs to (seed, epoch, cell), so that epochs are right on average and a cell of weight 0
+never comes. Blocks without a cell that comes are not read.
 """
 
 from __future__ import annotations
@@ -27,9 +31,13 @@ MAX_LANES = 64
 _ORDERED_BUDGET = 8 << 20
 _MIN_BLOCK_ROWS = 512
 _MAX_BLOCK_ROWS = 4096
+# Fewer lanes mix badly: below that, blocks become smaller instead.
+_FEW_LANES = 16
+_LEAST_BLOCK_ROWS = 64
 # Batch norm divides by the variance over a minibatch: a last one of 1 or 2 cells would upset it.
 _MIN_TAIL = 3
-_DEAL, _LANE, _ROWS = 0, 1, 1 << 31  # streams of random numbers
+_DEAL, _LANE, _WEIGHTS, _ROWS = 0, 1, 1 << 30, 1 << 31  # streams of random numbers
+_DRAWN_AT_ONCE = 1 << 16
 
 Positions = NDArray[np.int64]
 
@@ -43,17 +51,19 @@ class Unit:
         first: rows of the lane that come before.
         start: first position.
         stop: position after the last.
+        n: rows that it gives; without weights as many as it has positions.
     """
 
     lane: int
     first: int
     start: int
     stop: int
+    n: int
 
     @property
     def last(self) -> int:
         """Rows of the lane up to and with this unit."""
-        return self.first + self.stop - self.start
+        return self.first + self.n
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class EpochPlan:
         seed: of the run.
         epoch: number of the epoch, from 0.
         shuffle: whether the order is random at all; if not there is one lane.
+        repeats: ``(n_rows,)`` uint32, how often each position comes; once when ``None``.
 
     Example:
         >>> plan = plan_epoch(10, batch_size=4, block_rows=2, n_lanes=3, seed=0, epoch=0)
@@ -84,12 +95,18 @@ class EpochPlan:
     seed: int
     epoch: int
     shuffle: bool
+    repeats: NDArray[np.uint32] | None = field(default=None, repr=False, compare=False)
     _lanes: dict[int, list[Unit]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def n_visits(self) -> int:
+        """Cells that come in the epoch: ``n_rows``, or about as many where there are weights."""
+        return self.n_rows if self.repeats is None else int(self.repeats.sum(dtype=np.int64))
 
     @property
     def n_minibatches(self) -> int:
         """Number of minibatches."""
-        return count_minibatches(self.n_rows, self.batch_size)
+        return count_minibatches(self.n_visits, self.batch_size)
 
     def minibatches(self) -> Iterator[tuple[int, int]]:
         """Each minibatch as ``(start, stop)`` in the order of the whole epoch."""
@@ -99,18 +116,19 @@ class EpochPlan:
     def bounds(self, i: int) -> tuple[int, int]:
         """Cells that come before minibatch ``i``, and those that have come with it."""
         last = self.n_minibatches - 1
-        return i * self.batch_size, self.n_rows if i == last else (i + 1) * self.batch_size
+        return i * self.batch_size, self.n_visits if i == last else (i + 1) * self.batch_size
 
     @cached_property
     def lane_rows(self) -> Positions:
         """``(n_lanes,)`` int64, number of rows of each lane."""
-        n_blocks = len(self._dealt)
-        blocks = (n_blocks - np.arange(self.n_lanes) + self.n_lanes - 1) // self.n_lanes
-        rows = blocks * self.block_rows
-        # The last block of the positions may be short.
-        short = np.flatnonzero(self._dealt == n_blocks - 1) % self.n_lanes
-        rows[short] -= n_blocks * self.block_rows - self.n_rows
-        return rows.astype(np.int64)
+        starts = np.arange(0, self.n_rows, self.block_rows)
+        if self.repeats is None:
+            of_block = np.minimum(self.n_rows - starts, self.block_rows)
+        else:
+            of_block = np.add.reduceat(self.repeats, starts, dtype=np.int64) if len(starts) else starts
+        rows = np.zeros(self.n_lanes, np.int64)
+        np.add.at(rows, np.arange(len(starts)) % self.n_lanes, of_block[self._dealt])
+        return rows
 
     def units(self, lane: int) -> list[Unit]:
         """What a lane reads, in its order."""
@@ -131,16 +149,16 @@ class EpochPlan:
 
         Row j of a lane of n rows comes at ``(j + 1/2) / n`` of the epoch, ties in the order of the lanes.
         """
-        total = self.n_rows if i >= self.n_minibatches else i * self.batch_size
+        total = self.n_visits if i >= self.n_minibatches else i * self.batch_size
         n = self.lane_rows
-        if total in (0, self.n_rows):
+        if total in (0, self.n_visits):
             return n.copy() if total else np.zeros_like(n)
         # Those that surely come before, then the earliest of the next few of each lane.
-        spare = 2 + n * len(n) // self.n_rows
-        counts: Positions = np.maximum(np.ceil(total / self.n_rows * n - 0.5).astype(np.int64) - spare, 0)
+        spare = 2 + n * len(n) // self.n_visits
+        counts: Positions = np.maximum(np.ceil(total / self.n_visits * n - 0.5).astype(np.int64) - spare, 0)
         while (missing := total - int(counts.sum())) > 0:
             ahead = counts[:, None] + np.arange(8)
-            when = np.where(ahead < n[:, None], (ahead + 0.5) / n[:, None], np.inf)
+            when = np.where(ahead < n[:, None], (ahead + 0.5) / np.maximum(n[:, None], 1), np.inf)
             # What lies behind the last row looked at of some lane waits for the next round.
             horizon = np.where(ahead[:, -1] < n - 1, when[:, -1], np.inf).min()
             order = np.argsort(when, axis=None, kind="stable")[:missing]
@@ -160,11 +178,13 @@ class EpochPlan:
         return np.concatenate(parts)
 
     def order(self, unit: Unit) -> Positions:
-        """The order in which the rows of a unit are visited, counted from its first."""
-        n = unit.stop - unit.start
-        if not self.shuffle:
-            return np.arange(n, dtype=np.int64)
-        return _generator(self.seed, self.epoch, _ROWS + unit.start).permutation(n)
+        """The rows of a unit in the order in which they come, counted from its first position."""
+        rows = np.arange(unit.stop - unit.start)
+        if self.repeats is not None:
+            rows = np.repeat(rows, self.repeats[unit.start : unit.stop])
+        if self.shuffle:
+            rows = _generator(self.seed, self.epoch, _ROWS + unit.start).permutation(rows)
+        return rows
 
     @cached_property
     def _dealt(self) -> Positions:
@@ -191,8 +211,10 @@ class EpochPlan:
             ranges = [(start, middle), *ranges[1:], *([(middle, stop)] if middle < stop else [])]
         units, first = [], 0
         for start, stop in ranges:
-            units.append(Unit(lane, first, start, stop))
-            first += stop - start
+            n = stop - start if self.repeats is None else int(self.repeats[start:stop].sum(dtype=np.int64))
+            if n:
+                units.append(Unit(lane, first, start, stop, n))
+            first += n
         return units
 
 
@@ -205,8 +227,9 @@ def plan_epoch(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    weights: NDArray[np.floating] | None = None,
 ) -> EpochPlan:
-    """The order of one epoch, in which every position comes exactly once.
+    """The order of one epoch, in which every position comes exactly once unless weights say otherwise.
 
     It depends on the arguments alone: not on the number of readers, nor on earlier epochs.
 
@@ -218,9 +241,15 @@ def plan_epoch(
         seed: of the run, in [0, 2^64).
         epoch: number of the epoch, in [0, 2^32).
         shuffle: ``False`` visits the positions in order.
+        weights: ``(n_rows,)``, >= 0, on any scale: how often each position comes, relative to the others.
 
     Raises:
         OptionError: a number outside its range.
+
+    Example:
+        >>> plan = plan_epoch(4, batch_size=2, block_rows=2, seed=0, epoch=0, weights=np.array([2, 1, 1, 0]))
+        >>> sorted(int(p) for i in range(plan.n_minibatches) for p in plan.positions(i))
+        [0, 0, 1, 2]
     """
     for name, value, low, high in (
         ("n_rows", n_rows, 0, 1 << 31),
@@ -234,9 +263,55 @@ def plan_epoch(
             raise OptionError(f"{name}={value} cannot be: it must be at least {low} and below {high}")
     n_blocks = -(-n_rows // block_rows)
     n_lanes = max(1, min(n_lanes, n_blocks)) if shuffle else 1
+    repeats = None
+    if weights is not None:
+        if not shuffle:
+            raise OptionError("weights without shuffling cannot be; leave shuffle=True or the weights out")
+        repeats = _draw_repeats(weights, int(n_rows), int(seed), int(epoch))
     return EpochPlan(
-        int(n_rows), int(batch_size), int(block_rows), int(n_lanes), int(seed), int(epoch), bool(shuffle)
-    )
+        int(n_rows), int(batch_size), int(block_rows), int(n_lanes), int(seed), int(epoch), bool(shuffle),
+        repeats,
+    )  # fmt: skip
+
+
+def balance_weights(codes: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Weights with which every class comes equally often, however many cells it has.
+
+    Args:
+        codes: ``(n,)`` class of each cell; a negative one is of no class, and such cells do not come.
+
+    Returns:
+        ``(n,)`` float32, one over the number of cells of the class.
+
+    Example:
+        >>> balance_weights(np.array([0, 0, 1, -1])).tolist()
+        [0.5, 0.5, 1.0, 0.0]
+    """
+    codes = np.asarray(codes)
+    if not (codes >= 0).any():
+        raise OptionError("classes cannot be balanced: no cell has one; look at the labels")
+    each = 1 / np.maximum(np.bincount(codes[codes >= 0]), 1)
+    return np.where(codes >= 0, each.astype(np.float32)[np.maximum(codes, 0)], np.float32(0))
+
+
+def _draw_repeats(weights: NDArray[np.floating], n_rows: int, seed: int, epoch: int) -> NDArray[np.uint32]:
+    """How often each position comes: the expected number, rounded up or down at random."""
+    weights = np.asarray(weights)
+    if weights.shape != (n_rows,) or weights.dtype.kind not in "iufb":
+        raise OptionError(f"weights: need {n_rows} numbers, one a cell, not {weights.dtype} {weights.shape}")
+    wrong = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+    if len(wrong):
+        raise OptionError(f"weights must be finite and >= 0; that of cell {wrong[0]} is {weights[wrong[0]]}")
+    total = float(weights.sum(dtype=np.float64))
+    if not total > 0:
+        raise OptionError("weights are 0 for all cells; give some cell a weight above 0")
+    generator = _generator(seed, epoch, _WEIGHTS)
+    repeats = np.empty(n_rows, np.uint32)
+    for first in range(0, n_rows, _DRAWN_AT_ONCE):
+        some = slice(first, first + _DRAWN_AT_ONCE)
+        expected = weights[some].astype(np.float64) * (n_rows / total)
+        repeats[some] = np.floor(expected + generator.random(len(expected)))
+    return repeats
 
 
 def count_minibatches(n_rows: int, batch_size: int) -> int:
@@ -253,9 +328,10 @@ def count_minibatches(n_rows: int, batch_size: int) -> int:
 
 
 def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> tuple[int, int]:
-    """``(block_rows, n_lanes)`` such that the decoded blocks of a stream stay within a budget.
+    """``(block_rows, n_lanes)`` such that a stream stays within a budget.
 
-    A block of each lane is held. A third of the budget is left for blocks that are being decoded.
+    A block of each lane is held: half of the budget. The other half is for blocks that are being read, and
+    for minibatches.
 
     Args:
         bytes_per_row: mean size of a decoded cell.
@@ -263,14 +339,22 @@ def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> t
 
     Example:
         >>> default_sizes(3000.0)
-        (512, 58)
+        (512, 43)
     """
-    if memory_budget < 1:
-        raise OptionError(f"memory_budget={memory_budget} cannot be: give it in bytes, at least 1")
-    rows = max(1, int(memory_budget / 1.5 / max(bytes_per_row, 1.0)))
+    rows = _rows_within(bytes_per_row, memory_budget // 2)
     # All lanes there may be, before blocks grow: beyond that larger blocks mean fewer, longer reads.
-    block_rows = min(max(_MIN_BLOCK_ROWS, rows // MAX_LANES), _MAX_BLOCK_ROWS)
+    smallest = min(_MIN_BLOCK_ROWS, max(_LEAST_BLOCK_ROWS, rows // _FEW_LANES))
+    block_rows = min(max(smallest, rows // MAX_LANES), _MAX_BLOCK_ROWS)
     return block_rows, min(MAX_LANES, max(2, rows // block_rows))
+
+
+def blocks_ahead(bytes_per_row: float, block_rows: int, workers: int, memory_budget: int) -> int:
+    """Blocks that may be read before they are needed: two a worker, within a quarter of the budget.
+
+    Twice, since reading a block takes about as much again as the block. The order does not depend on it.
+    """
+    rows = _rows_within(2 * bytes_per_row, memory_budget // 4)
+    return max(1, min(2 * workers, rows // block_rows))
 
 
 def ordered_rows(bytes_per_row: float, workers: int, memory_budget: int = MEMORY_BUDGET) -> int:
@@ -285,10 +369,12 @@ def ordered_rows(bytes_per_row: float, workers: int, memory_budget: int = MEMORY
         >>> ordered_rows(1000.0, 2)
         699
     """
-    if memory_budget < 1:
-        raise OptionError(f"memory_budget={memory_budget} cannot be: give it in bytes, at least 1")
-    rows = int(min(memory_budget, _ORDERED_BUDGET) / 3 / max(bytes_per_row, 1.0))
+    rows = _rows_within(bytes_per_row, min(memory_budget, _ORDERED_BUDGET) // 3)
     return min(max(_MIN_BLOCK_ROWS, rows // (2 * max(workers, 1))), _MAX_BLOCK_ROWS)
+
+
+def _rows_within(bytes_per_row: float, budget: int) -> int:
+    return max(1, int(budget / max(bytes_per_row, 1.0)))
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
-import queue
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from atlasvi_kernels import CSR
-from dask.base import compute
-from dask.delayed import delayed
+from dask.threaded import get
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
@@ -28,6 +25,9 @@ if TYPE_CHECKING:
     from atlasvi.store.atlas import Atlas
 
 ReadBlock = Callable[[int, int], CSR]
+
+# A task that Dask knows of takes about 8 kB.
+_AT_ONCE = 256
 
 
 def default_workers() -> int:
@@ -51,8 +51,8 @@ def read_units(
 ) -> Generator[CSR]:
     """The units in the order given, decoded, whatever the number of workers.
 
-    One thread has up to ``ahead`` units decoded that the consumer has not taken; each is a Dask task in a
-    pool of ``num_workers`` threads. When the consumer stops (``break``, an exception, Ctrl-C), the threads
+    Up to ``ahead`` units are begun that the consumer has not taken; each is a Dask task in a pool of
+    ``num_workers`` threads. When the consumer stops (``break``, an exception, Ctrl-C), the threads
     end once the units in hand are read.
 
     Args:
@@ -121,68 +121,86 @@ def _as_csr(blocks: Generator[tuple[NDArray[Any], NDArray[Any], NDArray[Any], in
 
 
 def _read_ahead(read: ReadBlock, units: list[Unit], num_workers: int, ahead: int) -> Generator[CSR]:
-    ready: queue.SimpleQueue[CSR | BaseException] = queue.SimpleQueue()
-    slots = threading.Semaphore(ahead)  # units that may be decoded and not taken
-    stop = threading.Event()
+    window = _Window(len(units), ahead)
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="atlasvi-read")
-    decoder = threading.Thread(
-        target=_decode, args=(read, units, pool, num_workers, ahead, ready, slots, stop),
-        name="atlasvi-decode", daemon=True,
-    )  # fmt: skip
+    scheduler = threading.Thread(
+        target=_schedule, args=(read, units, pool, window), name="atlasvi-decode", daemon=True
+    )
 
     def finish() -> None:
-        stop.set()
-        slots.release(ahead)
-        decoder.join()
+        window.close()
+        scheduler.join()
         pool.shutdown(wait=True, cancel_futures=True)
 
     # Python may be left amid an epoch: a thread that then comes back from compiled code would abort it.
     atexit.register(finish)
-    decoder.start()
+    scheduler.start()
     try:
-        for _ in units:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            slots.release()
-            yield item
-            del item
+        for i in range(len(units)):
+            yield window.take(i)
     finally:
         atexit.unregister(finish)
         finish()
 
 
-def _decode(
-    read: ReadBlock,
-    units: list[Unit],
-    pool: ThreadPoolExecutor,
-    num_workers: int,
-    ahead: int,
-    ready: queue.SimpleQueue[CSR | BaseException],
-    slots: threading.Semaphore,
-    stop: threading.Event,
-) -> None:
-    """The body of the decoding thread; what goes wrong is handed to the consumer."""
+class _Window:
+    """Units on their way from the readers to the consumer: at most ``ahead`` begun and not taken.
 
-    def read_unless_stopped(start: int, end: int) -> CSR | None:
-        return None if stop.is_set() else read(start, end)
+    Which unit a reader begins is decided here and not by the scheduler, so that no order of its tasks can
+    fill the window with later units while the consumer waits for an earlier one.
+    """
+
+    def __init__(self, n: int, ahead: int) -> None:
+        self._n, self._ahead = n, ahead
+        self._begun = self._taken = 0
+        self._here: dict[int, CSR | BaseException] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def begin(self) -> int | None:
+        """The next unit to read, once there is room for it; ``None`` where nobody wants it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._begun < self._taken + self._ahead)
+            if self._closed or self._begun == self._n:
+                return None
+            self._begun += 1
+            return self._begun - 1
+
+    def put(self, i: int, item: CSR | BaseException) -> None:
+        with self._changed:
+            self._here[i] = item
+            self._changed.notify_all()
+
+    def take(self, i: int) -> CSR:
+        """Unit ``i``, once it is here. What went wrong with it is raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: i in self._here)
+            item = self._here.pop(i)
+            self._taken += 1
+            self._changed.notify_all()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _schedule(read: ReadBlock, units: list[Unit], pool: ThreadPoolExecutor, window: _Window) -> None:
+    """The body of the thread that runs Dask: a task a unit."""
+
+    def read_next() -> None:
+        i = window.begin()
+        if i is None:
+            return
+        try:
+            window.put(i, read(units[i].start, units[i].stop))
+        except BaseException as error:  # for the consumer to raise
+            window.put(i, error)
 
     # Its own pool and the threaded scheduler, whatever Dask is set to elsewhere in the process.
-    run = partial(compute, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
-    task = delayed(read_unless_stopped, pure=False, traverse=False)
-    together = min(num_workers, ahead)
-    try:
-        for k in range(0, len(units), together):
-            some = units[k : k + together]
-            for _ in some:
-                slots.acquire()
-            if stop.is_set():
-                return
-            parts: list[CSR] = list(run(*[task(unit.start, unit.stop) for unit in some]))
-            if stop.is_set():
-                return
-            parts.reverse()
-            while parts:
-                ready.put(parts.pop())
-    except BaseException as error:
-        ready.put(error)
+    for first in range(0, len(units), _AT_ONCE):
+        graph = {f"atlasvi-read-{i}": (read_next,) for i in range(first, min(first + _AT_ONCE, len(units)))}
+        get(graph, list(graph), pool=pool)

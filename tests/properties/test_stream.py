@@ -174,12 +174,12 @@ def test_breaking_out_of_a_stream_of_a_store_leaves_no_threads(atlases):
 
 
 def test_memory_of_an_epoch_stays_within_the_budget():
-    """40 MB of counts through a budget of 4 MB (numpy reports to tracemalloc what it allocates)."""
+    """40 MB of counts through a budget of 8 MB (numpy reports to tracemalloc what it allocates)."""
     counts = sp.random(40_000, 200, 0.6, format="csr", dtype=np.float32, random_state=0)
     counts.data = np.ceil(counts.data * 9)
     atlas = Atlas.from_anndata(anndata.AnnData(counts))
-    budget = 4 << 20
-    assert counts.data.nbytes + counts.indices.nbytes > 8 * budget
+    budget = 8 << 20
+    assert counts.data.nbytes + counts.indices.nbytes > 4 * budget
     next(atlas.stream(64, num_workers=0, memory_budget=budget))  # compiles
     tracemalloc.start()
     try:
@@ -188,4 +188,4 @@ def test_memory_of_an_epoch_stays_within_the_budget():
     finally:
         tracemalloc.stop()
     assert n == 40_000
-    assert peak < 1.25 * budget, peak
+    assert peak < budget

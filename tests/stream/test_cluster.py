@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from atlasvi.errors import CorruptError, OptionError, StoreError
 from atlasvi.store import atlas as atlas_module
 from atlasvi.store.atlas import Atlas
-from atlasvi.store.cluster import Piece, check_places, count_readers, in_order, locate
+from atlasvi.store.cluster import Piece, Place, check_places, count_readers, in_order, locate
 from atlasvi.store.ingest import ingest
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import count_workers, read_units, read_units_on
@@ -242,7 +242,7 @@ def test_a_store_that_the_worker_does_not_see_is_named(places, tmp_path):
     with atlas_module.open(tmp_path / "a.zarr") as atlas:
         (piece,) = locate(atlas, np.arange(3)).pieces
     shutil.rmtree(tmp_path / "a.zarr")
-    with pytest.raises(StoreError, match=r"a\.zarr' is not there on .*; put the atlas where all"):
+    with pytest.raises(StoreError, match=r"a\.zarr' is not there on .*; put it where all"):
         piece.read()
 
 
@@ -250,7 +250,7 @@ def test_a_relative_path_is_sent_as_an_absolute_one(places, monkeypatch):
     monkeypatch.chdir(places["store"].path.parent)
     with atlas_module.open("a.zarr") as atlas:
         assert locate(atlas, np.arange(3)).pieces == (
-            Piece(str(places["store"].path), None, slice(0, 3), None, N_VARS),
+            Piece(Place(str(places["store"].path), None), slice(0, 3), None, N_VARS),
         )
 
 
@@ -258,7 +258,7 @@ def test_a_store_behind_a_url_is_sent_by_its_url(places):
     url = places["store"].path.as_uri()
     with atlas_module.open(url) as atlas:
         block = locate(atlas, np.arange(5, 9))
-    assert block.pieces[0].path == url
+    assert block.pieces[0].place == Place(url, None)
     expected = places["store"].read_rows(slice(5, 9))
     assert digest([block.read()]) == digest([expected])
 
@@ -272,7 +272,7 @@ def test_an_atlas_in_memory_is_refused(places):
                                     make_unique=True)  # fmt: skip
     for atlas in (memory, memory_part):
         for ask in (check_places, pickle.dumps):
-            with pytest.raises(OptionError, match=r"not a store on disk.*atlasvi\.ingest\(adata"):
+            with pytest.raises(OptionError, match=r"'AnnData' X is in the memory .*atlasvi\.ingest\("):
                 ask(atlas)
 
 

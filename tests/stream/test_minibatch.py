@@ -77,9 +77,7 @@ def test_genes_come_in_the_models_order(adata, atlas):
 
 def test_a_training_split_is_all_that_comes(adata, atlas, codes):
     split = np.sort(np.random.default_rng(0).choice(300, 200, replace=False))
-    rows = [
-        mb.rows.numpy() for mb in stream_minibatches(atlas, codes, positions=split, num_workers=2)
-    ]
+    rows = [mb.rows.numpy() for mb in stream_minibatches(atlas, codes, positions=split, num_workers=2)]
     assert [len(r) for r in rows] == [128, 72]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), split)
     for mb in stream_minibatches(atlas, codes, positions=split, num_workers=0):

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlasvi.errors import OptionError
-from atlasvi.stream.plan import count_minibatches, default_sizes, plan_epoch
+from atlasvi.stream.plan import (
+    balance_weights,
+    blocks_ahead,
+    count_minibatches,
+    default_sizes,
+    plan_epoch,
+)
 
 SIZES = {
     "n_rows": st.integers(0, 300),
@@ -153,13 +159,85 @@ def test_a_number_that_cannot_be_is_named(name, value):
         plan_epoch(**{**arguments, name: value})
 
 
-@given(st.floats(8, 2e4), st.integers(48 << 20, 1 << 34))
-def test_the_lanes_stay_within_two_thirds_of_the_budget(bytes_per_row, budget):
-    block_rows, n_lanes = default_sizes(bytes_per_row, budget)
-    assert 512 <= block_rows <= 4096 and 2 <= n_lanes <= 64
-    assert 1.5 * n_lanes * block_rows * bytes_per_row <= budget
+@given(st.floats(8, 2e4), st.integers(16 << 20, 1 << 34), st.integers(1, 64))
+def test_what_is_held_and_what_is_read_ahead_stay_within_three_quarters_of_the_budget(each, budget, workers):
+    block_rows, n_lanes = default_sizes(each, budget)
+    ahead = blocks_ahead(each, block_rows, workers, budget)
+    assert 64 <= block_rows <= 4096 and 2 <= n_lanes <= 64 and 1 <= ahead <= 2 * workers
+    block = block_rows * each
+    assert n_lanes * block <= budget / 2
+    # Reading takes about as much again as what is read.
+    assert 2 * ahead * block <= budget / 4
 
 
-def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(OptionError, match="memory_budget=0"):
-        default_sizes(100.0, 0)
+@settings(deadline=None, max_examples=60)
+@given(st.fixed_dictionaries(SIZES), st.integers(1, 4), st.data())
+def test_with_weights_a_cell_comes_its_expected_number_of_times_rounded_up_or_down(arguments, world, data):
+    n = arguments["n_rows"]
+    weights = np.array(data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3, 40]), min_size=n, max_size=n)))
+    if not weights.sum():
+        return
+    plan = plan_epoch(**arguments, weights=weights)
+    expected = weights * n / weights.sum()
+    came = np.bincount(whole(plan), minlength=n)
+    assert (np.abs(came - expected) < 1).all()
+    assert (came[weights == 0] == 0).all()
+    assert came.sum() == plan.n_visits == plan.lane_rows.sum()
+    for i in range(plan.n_minibatches):
+        parts = [plan.positions(i, range(r, plan.n_lanes, world)) for r in range(world)]
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.sort(plan.positions(i)))
+        assert np.subtract(*plan.bounds(i)[::-1]) == len(plan.positions(i))
+
+
+def test_weights_are_right_on_average_over_epochs_and_every_epoch_differs():
+    weights = np.random.default_rng(0).gamma(1.0, size=400)
+    sizes = {"batch_size": 64, "block_rows": 32, "n_lanes": 4, "seed": 1, "weights": weights}
+    came = [np.bincount(whole(plan_epoch(400, epoch=e, **sizes)), minlength=400) for e in range(300)]
+    expected = weights * 400 / weights.sum()
+    share = expected % 1
+    error = np.sqrt(np.maximum(share * (1 - share), 1e-9) / 300)
+    assert (np.abs(np.mean(came, 0) - expected) < 5 * error + 1e-9).all()
+    assert (came[0] != came[1]).any()
+    np.testing.assert_array_equal(
+        whole(plan_epoch(400, epoch=7, **sizes)), whole(plan_epoch(400, epoch=7, **sizes))
+    )
+
+
+def test_equal_weights_change_nothing():
+    sizes = {"batch_size": 10, "block_rows": 16, "n_lanes": 4, "seed": 3, "epoch": 2}
+    order = whole(plan_epoch(256, **sizes))
+    np.testing.assert_array_equal(whole(plan_epoch(256, weights=np.full(256, 0.25), **sizes)), order)
+
+
+def test_balanced_classes_come_equally_often():
+    codes = np.repeat([0, 1, 2, -1], [900, 90, 9, 50])
+    plan = plan_epoch(
+        len(codes), batch_size=128, block_rows=64, n_lanes=5, seed=0, epoch=0, weights=balance_weights(codes)
+    )
+    came = np.bincount(codes[whole(plan)] + 1, minlength=4)
+    assert came[0] == 0
+    np.testing.assert_allclose(came[1:], len(codes) / 3, rtol=0.05)
+
+
+def test_blocks_of_weight_zero_are_not_read():
+    weights = np.repeat([0.0, 1.0], 500)
+    plan = plan_epoch(1000, batch_size=50, block_rows=50, n_lanes=4, seed=0, epoch=0, weights=weights)
+    assert min(unit.start for unit in plan.schedule()) >= 500
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(4), "need 5 numbers"),
+        (np.array([1, 1, -1, 1, 1.0]), "that of cell 2 is -1"),
+        (np.array([1, np.nan, 1, 1, 1.0]), "that of cell 1 is nan"),
+        (np.zeros(5), "0 for all cells"),
+    ],
+)
+def test_weights_that_cannot_be_are_named(weights, message):
+    with pytest.raises(OptionError, match=message):
+        plan_epoch(5, batch_size=2, block_rows=2, seed=0, epoch=0, weights=weights)
+    with pytest.raises(OptionError, match="without shuffling"):
+        plan_epoch(5, batch_size=2, block_rows=2, seed=0, epoch=0, weights=np.ones(5), shuffle=False)
+    with pytest.raises(OptionError, match="no cell has one"):
+        balance_weights(np.array([-1, -1]))
