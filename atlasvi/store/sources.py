@@ -443,7 +443,7 @@ class AnnDataSource(Source):
 
     def obs_column(self, key: str) -> Any:
         """One column of obs."""
-        return frame.plain_column(self._adata.obs[key])
+        return _column(self._adata.obs, key)
 
     @property
     def var_keys(self) -> list[str]:
@@ -452,7 +452,7 @@ class AnnDataSource(Source):
 
     def var_column(self, key: str) -> Any:
         """One column of var."""
-        return frame.plain_column(self._var[key])
+        return _column(self._var, key)
 
     def read_rows(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``."""
@@ -491,9 +491,20 @@ class AnnDataSource(Source):
             self._rows.close()
 
 
+def _column(table: Any, key: str) -> Any:
+    # A lazy table's column alone forgets its categories; the table, when it is read, does not.
+    return frame.plain_column((table[[key]].to_memory() if hasattr(table, "to_memory") else table)[key])
+
+
 def _anndata_rows(matrix: Any, place: str, scratch: Path | None) -> Rows:
     if isinstance(matrix, anndata.abc.CSCDataset):
         return ColumnRows(matrix.group, place, scratch)
+    is_lazy_csc = hasattr(matrix, "dask") and getattr(matrix._meta, "format", None) == "csc"
+    if is_lazy_csc and matrix.numblocks[0] == 1:
+        raise OptionError(
+            f"{place} is lazy and stored as csc_matrix, by genes: each block of cells would take a read of "
+            "all of it; make an atlas of the file: atlasvi.ingest('data.h5ad', 'atlas.zarr')"
+        )
     on_disk = isinstance(matrix, (h5py.Dataset, anndata.abc.CSRDataset))
     return BackedRows(matrix, place) if on_disk else MemoryRows(matrix, place)
 
