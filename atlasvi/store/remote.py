@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -178,6 +179,13 @@ class RemoteVector(ShardedVector):
             super()._read(k, start, stop, out)
 
 
+def side_by_side(one: RemoteVector, other: RemoteVector, run: slice) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The same run of two vectors, the second asked for while the first is on its way."""
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(other.__getitem__, run)
+        return one[run], second.result()
+
+
 class _RemoteFile:
     def __init__(self, store: RemoteStore, key: str, tails: dict[int, bytes], k: int) -> None:
         self._store, self._key, self._tails, self._k = store, key, tails, k
@@ -214,4 +222,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].split(" - ")[-1]
 
 
-__all__ = ["RemoteStore", "RemoteVector", "is_url", "open_group"]
+__all__ = ["RemoteStore", "RemoteVector", "is_url", "open_group", "side_by_side"]

@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 from atlasvi.errors import CorruptError, OptionError, StoreError
 from atlasvi.store.offsets import Offsets
-from atlasvi.store.remote import RemoteStore, RemoteVector
+from atlasvi.store.remote import RemoteStore, RemoteVector, side_by_side
 from atlasvi.store.shards import DamagedShard, ShardedVector
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
@@ -181,7 +181,7 @@ class SparseRows:
         first, last = int(self.indptr[start]), int(self.indptr[stop])
         try:
             with reading(self._place, start, stop):
-                indices, data = self._indices[first:last], self._data[first:last]
+                indices, data = self._entries(slice(first, last))
         except DamagedShard as damaged:
             at = [damaged.first, damaged.last - 1]
             rows = np.searchsorted(self.indptr, at, side="right") - 1
@@ -199,6 +199,11 @@ class SparseRows:
         return CSR.from_numpy(
             self.indptr[start : stop + 1] - first, indices, plain(data, self._place), self.shape[1]
         )
+
+    def _entries(self, run: slice) -> tuple[NDArray[Any], NDArray[Any]]:
+        if isinstance(self._indices, RemoteVector) and isinstance(self._data, RemoteVector):
+            return side_by_side(self._indices, self._data, run)
+        return self._indices[run], self._data[run]
 
 
 def _index_type(indices: NDArray[Any]) -> NDArray[Any]:
