@@ -29,7 +29,7 @@ from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, w
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
-from atlasvi.stream import pack, stream_minibatches
+from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import EpochRecord, to_frames
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
@@ -174,7 +174,7 @@ class CountModel(Generic[Config, Module]):
         enable_progress_bar: bool = True,
         seed: int = 0,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every_seconds: float = 60.0,
         resume: bool = False,
@@ -201,7 +201,8 @@ class CountModel(Generic[Config, Module]):
             enable_progress_bar: show one on standard error.
             seed: of split, order and noise: the same seed gives the same weights.
             num_workers: threads that read; ``None`` one a core, at most 4.
-            memory_budget: bytes that decoded blocks may take; 128 MiB when ``None``.
+            memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
+                Counts that fit into half of it stay in memory after the first epoch.
             checkpoint: folder to write the run to as it goes.
             checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
             resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
@@ -235,19 +236,14 @@ class CountModel(Generic[Config, Module]):
         plan = self.plan.with_options(plan_kwargs)
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
-        budget: dict[str, Any] = {} if memory_budget is None else {"memory_budget": memory_budget}
-
-        def minibatches(epoch: int) -> Iterator[Minibatch]:
-            return stream_minibatches(
-                atlas, codes, batch_size=batch_size, seed=seed, epoch=epoch, positions=training,
-                num_workers=num_workers, **budget,
-            )  # fmt: skip
-
-        def validation() -> Iterator[Minibatch]:
-            return stream_minibatches(
-                atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
-                num_workers=num_workers, **budget,
-            )  # fmt: skip
+        minibatches = Epochs(
+            atlas, codes, batch_size=batch_size, seed=seed, positions=training, num_workers=num_workers,
+            memory_budget=memory_budget,
+        )  # fmt: skip
+        validation = Epochs(
+            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
+            num_workers=num_workers, memory_budget=memory_budget,
+        )  # fmt: skip
 
         run = {
             "config": asdict(self.config),  # type: ignore[call-overload]
@@ -633,10 +629,11 @@ class CountModel(Generic[Config, Module]):
 
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
-        return stream_minibatches(
+        epochs = Epochs(
             atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False,
             positions=None if indices is None else cell_positions(indices, atlas.n_obs),
         )  # fmt: skip
+        return epochs()
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()

@@ -12,7 +12,7 @@ import pandas as pd
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
-from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, OptionError
+from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, ObsError, OptionError
 from atlasvi.store import cluster
 from atlasvi.store.base import Source
 from atlasvi.store.cells import input_names
@@ -307,6 +307,11 @@ class Atlas:
             self._bytes_per_row = sum(part.nbytes for part in parts) / max(n_read, 1)
         return self._bytes_per_row
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the counts are in the memory of this process already."""
+        return self._source.in_memory
+
     def close(self) -> None:
         """Let go of the files."""
         self._source.close()
@@ -320,7 +325,7 @@ class Atlas:
     def __reduce__(self) -> tuple[Any, ...]:
         """By where it is: another process opens the store anew, and counts are never pickled."""
         is_joined = isinstance(self._source, JoinedSource)
-        where = self._source if is_joined else (cluster.place_of(self), self.layer)
+        where = self._source if is_joined else cluster.Place.of(self._source)
         return _open_again, (where, self._rows, self._columns, self.registration)
 
     # --- views ----------------------------------------------------------------------------------
@@ -375,9 +380,9 @@ class Atlas:
             return self._select_genes(self._read(0, 0))
         is_sorted = bool((np.diff(wanted) >= 0).all())
         order = None if is_sorted else np.argsort(wanted, kind="stable")
-        counts = CSR.concatenate([
-            self._read_run(run) for run in _runs(wanted if order is None else wanted[order])
-        ])
+        counts = CSR.concatenate(
+            [self._read_run(run) for run in _runs(wanted if order is None else wanted[order])]
+        )
         if order is None:
             return counts
         back = np.empty_like(order)
@@ -436,17 +441,21 @@ class Atlas:
         epoch: int = 0,
         shuffle: bool = True,
         positions: NDArray[np.int64] | None = None,
+        weights: NDArray[np.floating] | None = None,
+        balance: str | None = None,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         pin_memory: bool | None = None,
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        client: distributed.Client | None = None,
     ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
         """One epoch of minibatches: sparse counts, and the number in the store of each cell.
 
         Blocks of neighbours come in random order, and the cells of several blocks are mixed. Same seed
-        and epoch, same minibatches, whatever the number of workers.
+        and epoch, same minibatches, whoever reads. For many epochs see `atlasvi.stream.Epochs`, which keeps
+        counts that fit in memory.
 
         Args:
             batch_size: cells a minibatch; a tail of fewer than 3 cells joins the minibatch before.
@@ -454,36 +463,40 @@ class Atlas:
             epoch: number of the epoch, from 0.
             shuffle: ``False`` visits the cells in order.
             positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
+            weights: ``(n,)`` >= 0, how often each of these cells comes, relative to the others: its expected
+                number, rounded up or down at random. Once each when ``None``.
+            balance: instead of weights, a column of obs whose levels are to come equally often; cells
+                without a level do not come.
             num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``.
+            memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
             pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
             start: minibatch to begin with; those before are neither read nor made.
             rank: number of this reader among ``world_size``, from 0.
             world_size: readers that share the epoch. Each has some of the lanes, reads their part of the
                 store alone, and gives its part of every minibatch.
+            client: of a Dask cluster whose workers read, instead of threads of this process; they must
+                see the store under the same path.
 
         Raises:
-            OptionError: an argument outside its range.
+            OptionError: an argument outside its range, weights beside balance, or a client that is not one.
             CellsError: positions that are not there.
+            ObsError: no such column to balance.
             CorruptError: while reading, where a checksum fails.
         """
         # The one import upwards (DESIGN): people look for the stream here.
         from atlasvi import stream
 
-        return stream.stream_counts(
-            self,
-            batch_size=batch_size,
-            seed=seed,
-            epoch=epoch,
-            shuffle=shuffle,
-            positions=positions,
-            num_workers=num_workers,
-            memory_budget=stream.MEMORY_BUDGET if memory_budget is None else memory_budget,
-            pin_memory=pin_memory,
-            start=start,
-            rank=rank,
-            world_size=world_size,
-        )
+        if balance is not None:
+            if weights is not None:
+                raise OptionError(f"balance={balance!r} makes weights, and weights were given; leave one out")
+            codes = pd.Categorical(_column(self, balance)).codes
+            weights = stream.balance_weights(codes if positions is None else codes[positions])
+        epochs = stream.Epochs(
+            self, batch_size=batch_size, seed=seed, shuffle=shuffle, positions=positions, weights=weights,
+            num_workers=num_workers, memory_budget=memory_budget, keep=False, pin_memory=pin_memory,
+            rank=rank, world_size=world_size, client=client,
+        )  # fmt: skip
+        return epochs.counts(epoch, start)
 
     def iter_blocks(
         self,
@@ -491,7 +504,8 @@ class Atlas:
         columns: Genes | None = None,
         *,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
+        client: distributed.Client | None = None,
     ) -> Iterator[tuple[CSR, NDArray[np.int64]]]:
         """All cells in order, in blocks read ahead, with their positions in this view.
 
@@ -501,16 +515,15 @@ class Atlas:
             positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
             columns: genes; all when ``None``.
             num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``.
+            memory_budget: bytes, or ``"500MB"``, that the blocks may take; no more than 8 MiB are used.
+            client: of a Dask cluster whose workers read; see `stream`.
         """
         from atlasvi import stream
 
         return stream.stream_blocks(
-            self if columns is None else self[:, columns],
-            positions=positions,
-            num_workers=num_workers,
-            memory_budget=stream.MEMORY_BUDGET if memory_budget is None else memory_budget,
-        )
+            self if columns is None else self[:, columns], positions=positions, num_workers=num_workers,
+            memory_budget=memory_budget, client=client,
+        )  # fmt: skip
 
     # --- statistics -----------------------------------------------------------------------------
 
@@ -520,7 +533,7 @@ class Atlas:
         batch_key: str | None = None,
         gene_sets: Mapping[str, GeneSet] | None = None,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         client: distributed.Client | None = None,
     ) -> Statistics:
         """Moments and detection of genes, totals of cells and shares of gene sets, in one pass.
@@ -533,7 +546,7 @@ class Atlas:
             gene_sets: by name, each a prefix of gene names (``"MT-"``), names, a boolean mask, or
                 ``"mt"``: what starts with ``MT-``, ``Mt-`` or ``mt-``.
             num_workers: threads that read; 0 reads in the calling thread; ``None`` one a core, at most 4.
-            memory_budget: bytes that the decoded blocks may take; 128 MiB when ``None``. Not of a cluster.
+            memory_budget: as for `iter_blocks`. Not of a cluster.
             client: of a Dask cluster whose workers add up what they read; see `stream`.
 
         Raises:
@@ -562,7 +575,7 @@ class Atlas:
         flavor: str = "seurat_v3",
         span: float = 0.3,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> pd.DataFrame:
         """The genes that vary most for their mean, as ``scanpy.pp.highly_variable_genes``, in two passes.
 
@@ -610,7 +623,7 @@ class Atlas:
         max_share: Mapping[str, float] | None = None,
         gene_sets: Mapping[str, GeneSet] | None = None,
         num_workers: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> Atlas:
         """A view of the cells that pass all that is asked; one pass over the counts, and no copy of them.
 
@@ -702,15 +715,22 @@ class Atlas:
 
 
 def _open_again(
-    where: JoinedSource | tuple[str, str | None],
+    where: JoinedSource | cluster.Place,
     rows: NDArray[np.int64] | None,
     columns: NDArray[np.int64] | None,
     registration: FieldMap | None,
 ) -> Atlas:
-    atlas = open(where[0], layer=where[1]) if isinstance(where, tuple) else Atlas(where)
+    atlas = Atlas(where) if isinstance(where, JoinedSource) else open(where.path, layer=where.layer)
     view = atlas[slice(None) if rows is None else rows, slice(None) if columns is None else columns]
     view.registration = registration
     return view
+
+
+def _column(atlas: Atlas, key: str) -> Any:
+    if key not in atlas.obs_keys:
+        known = ", ".join(atlas.obs_keys) or "none"
+        raise ObsError(f"obs of {atlas.name} has no column {key!r} to balance; it has {known}")
+    return atlas.obs_column(key)
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -724,9 +744,7 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         yield from np.split(run, np.flatnonzero(np.diff(piece)) + 1)
 
 
-def _positions(
-    index: Any, n: int, what: str, error: Callable[[str], Exception]
-) -> NDArray[np.int64] | slice:
+def _positions(index: Any, n: int, what: str, error: Callable[[str], Exception]) -> NDArray[np.int64] | slice:
     """An index of one axis as a slice or as int64 positions in ``[0, n)``."""
     if isinstance(index, slice):
         return index
@@ -734,9 +752,7 @@ def _positions(
         index = [index]
     array = np.asarray(index)
     if array.ndim != 1 or (array.dtype.kind not in "biu" and len(array)):
-        raise error(
-            f"{what} are chosen by a slice, integers or a mask, not by {array.dtype} {array.shape}"
-        )
+        raise error(f"{what} are chosen by a slice, integers or a mask, not by {array.dtype} {array.shape}")
     if array.dtype == bool:
         if len(array) != n:
             raise error(f"a mask of {len(array)} {what} was given for {n}; it must have one entry each")

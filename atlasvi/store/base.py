@@ -79,6 +79,11 @@ class Source(abc.ABC):
         return None
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the counts are in the memory of this process already."""
+        return False
+
+    @property
     def place(self) -> str:
         """Where the counts are, as an error names it: ``X``, ``layers['counts']``, ``raw.X``."""
         return "X"

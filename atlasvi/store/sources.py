@@ -403,6 +403,11 @@ class AnnDataSource(Source):
         self._var = adata.raw.var if raw else adata.var
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the counts are in the memory of this process already."""
+        return not self._adata.isbacked
+
+    @property
     def name(self) -> str:
         """``AnnData``."""
         return "AnnData"

@@ -1,10 +1,14 @@
-"""From an atlas to minibatches: the order of an epoch, reading ahead, packing."""
+"""From an atlas to minibatches: the order of an epoch, reading ahead, gathering, packing."""
 
-from atlasvi.stream.minibatch import pack, stream_blocks, stream_counts, stream_minibatches
+from atlasvi.stream.blocks import stream_blocks
+from atlasvi.stream.epochs import Epochs
+from atlasvi.stream.minibatch import gather, pack
 from atlasvi.stream.plan import (
     MEMORY_BUDGET,
     EpochPlan,
     Unit,
+    as_budget,
+    balance_weights,
     count_minibatches,
     default_sizes,
     plan_epoch,
@@ -14,14 +18,16 @@ from atlasvi.stream.read import default_workers, read_units
 __all__ = [
     "MEMORY_BUDGET",
     "EpochPlan",
+    "Epochs",
     "Unit",
+    "as_budget",
+    "balance_weights",
     "count_minibatches",
     "default_sizes",
     "default_workers",
+    "gather",
     "pack",
     "plan_epoch",
     "read_units",
     "stream_blocks",
-    "stream_counts",
-    "stream_minibatches",
 ]

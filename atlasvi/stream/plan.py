@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from dask.utils import parse_bytes
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
 
-MEMORY_BUDGET = 128 << 20
-"""Bytes that the decoded blocks of one stream may take together, unless told otherwise."""
+MEMORY_BUDGET = 256 << 20
+"""Bytes that the blocks and minibatches of one stream may take together, unless told otherwise."""
 
 MAX_LANES = 64
 # Cells in order need no wide reading, which is there to mix them.
@@ -325,6 +326,29 @@ def count_minibatches(n_rows: int, batch_size: int) -> int:
     if tail >= _MIN_TAIL or (full == 0 and tail > 0):
         return full + 1
     return full
+
+
+def as_budget(memory_budget: int | str | None) -> int:
+    """Bytes, from a number, from text such as ``"500MB"`` or ``"4 GiB"``, or the default.
+
+    Raises:
+        OptionError: text that is no size, or less than a byte.
+
+    Example:
+        >>> as_budget("4GB"), as_budget("1 MiB"), as_budget(None) == MEMORY_BUDGET
+        (4000000000, 1048576, True)
+    """
+    if memory_budget is None:
+        return MEMORY_BUDGET
+    try:
+        n_bytes = int(parse_bytes(memory_budget))
+    except (TypeError, ValueError):
+        n_bytes = 0
+    if n_bytes < 1:
+        raise OptionError(
+            f"memory_budget={memory_budget!r} cannot be: give bytes, at least 1, or text like '4GB'"
+        )
+    return n_bytes
 
 
 def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from atlasvi.store import atlas as atlas_module
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.ingest import ingest
-from atlasvi.stream import stream_counts
 
 N_OBS, N_VARS = 1500, 24
 
@@ -167,7 +166,7 @@ def an_index(draw, n):
 
 def test_breaking_out_of_a_stream_of_a_store_leaves_no_threads(atlases):
     before = set(threading.enumerate())
-    for _ in stream_counts(atlases["store"], batch_size=16, num_workers=4, memory_budget=1 << 16):
+    for _ in atlases["store"].stream(16, num_workers=4, memory_budget=1 << 16):
         break
     left = {thread for thread in threading.enumerate() if thread.name.startswith("atlasvi")}
     assert not left - before

@@ -41,7 +41,7 @@ def quiet():
 def client():
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL
         ) as cluster,
         distributed.Client(cluster) as connected,
     ):
@@ -142,6 +142,28 @@ def test_statistics_are_the_same_to_the_last_bit(client, places, place, monkeypa
         np.testing.assert_array_equal(one, two, err_msg=name)
     np.testing.assert_array_equal(here.shares["ones"], there.shares["ones"])
     assert (here.library, here.batch_cells) == (there.library, there.batch_cells)
+
+
+def contents(path):
+    """Every file of a store but what names the run."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json")
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("shuffle", (False, True))
+def test_an_ingest_on_the_cluster_writes_the_same_bytes(client, places, tmp_path, monkeypatch, shuffle):
+    monkeypatch.setattr("atlasvi.store.cells.BLOCK_ENTRIES", 1 << 12)
+    monkeypatch.setattr("atlasvi.store.layout.CHUNK_ENTRIES", 1 << 8)
+    first = places["store"].path
+    atlas_module.open(first.with_name("b.zarr")).to_anndata().write_h5ad(tmp_path / "b.h5ad")
+    inputs, done = [first, tmp_path / "b.h5ad"], []
+    asked = {"join": "outer", "shuffle": shuffle, "seed": 3, "input_key": "store"}
+    ingest(inputs, tmp_path / "here.zarr", **asked)
+    ingest(inputs, tmp_path / "there.zarr", **asked, client=client,
+           progress=lambda *what: done.append(what))  # fmt: skip
+    assert contents(tmp_path / "there.zarr") == contents(tmp_path / "here.zarr")
+    assert ("checking counts", N_OBS + 500, N_OBS + 500) in done
+    assert wait_for_no_tasks(client) == 0
 
 
 # --- faults -----------------------------------------------------------------------------------------

@@ -10,10 +10,14 @@ import torch
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.fields import register, resolve
-from atlasvi.stream import pack, stream_blocks, stream_counts, stream_minibatches
+from atlasvi.stream import Epochs, pack, stream_blocks
 from atlasvi.stream.minibatch import gather
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import read_units
+
+
+def minibatches(atlas, codes, **options):
+    return Epochs(atlas, codes, **options)()
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def codes(atlas):
 @pytest.mark.parametrize("num_workers", (0, 2))
 def test_everything_in_a_minibatch_is_of_the_same_cells(adata, atlas, codes, num_workers):
     seen = []
-    for mb in stream_minibatches(atlas, codes, batch_size=32, seed=1, num_workers=num_workers):
+    for mb in minibatches(atlas, codes, batch_size=32, seed=1, num_workers=num_workers):
         rows = mb.rows.numpy()
         obs = adata.obs.iloc[rows]
         assert (mb.counts.to_scipy() != adata.X[rows]).nnz == 0
@@ -52,7 +56,7 @@ def test_everything_in_a_minibatch_is_of_the_same_cells(adata, atlas, codes, num
 
 
 def test_types_are_those_that_minibatch_promises(atlas, codes):
-    mb = next(stream_minibatches(atlas, codes, num_workers=0))
+    mb = next(minibatches(atlas, codes, num_workers=0))
     for name in ("rows", "batch_index", "labels", "cat_covs"):
         assert getattr(mb, name).dtype == torch.int64, name
     for name in ("cont_covs", "size_factor"):
@@ -61,7 +65,7 @@ def test_types_are_those_that_minibatch_promises(atlas, codes):
 
 
 def test_without_registered_columns_codes_are_zero_and_covariates_empty(atlas):
-    mb = next(stream_minibatches(atlas, resolve(register(atlas), atlas), num_workers=0))
+    mb = next(minibatches(atlas, resolve(register(atlas), atlas), num_workers=0))
     assert not mb.batch_index.any()
     assert not mb.labels.any()
     assert (mb.cat_covs.shape, mb.cont_covs.shape, mb.size_factor) == ((128, 0), (128, 0), None)
@@ -69,7 +73,7 @@ def test_without_registered_columns_codes_are_zero_and_covariates_empty(atlas):
 
 def test_genes_come_in_the_models_order(adata, atlas):
     fields = register(atlas[:, ["gene-7", "gene-2", "gene-31"]])
-    for mb in stream_minibatches(atlas, resolve(fields, atlas), batch_size=50, num_workers=2):
+    for mb in minibatches(atlas, resolve(fields, atlas), batch_size=50, num_workers=2):
         expected = adata[:, ["gene-7", "gene-2", "gene-31"]].X[mb.rows.numpy()]
         assert mb.counts.n_vars == 3
         assert (mb.counts.to_scipy() != expected).nnz == 0
@@ -77,10 +81,10 @@ def test_genes_come_in_the_models_order(adata, atlas):
 
 def test_a_training_split_is_all_that_comes(adata, atlas, codes):
     split = np.sort(np.random.default_rng(0).choice(300, 200, replace=False))
-    rows = [mb.rows.numpy() for mb in stream_minibatches(atlas, codes, positions=split, num_workers=2)]
+    rows = [mb.rows.numpy() for mb in minibatches(atlas, codes, positions=split, num_workers=2)]
     assert [len(r) for r in rows] == [128, 72]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), split)
-    for mb in stream_minibatches(atlas, codes, positions=split, num_workers=0):
+    for mb in minibatches(atlas, codes, positions=split, num_workers=0):
         assert (mb.counts.to_scipy() != adata.X[mb.rows.numpy()]).nnz == 0
 
 
@@ -88,7 +92,7 @@ def test_codes_of_a_view_belong_to_the_cells_of_the_view(adata, atlas):
     chosen = np.random.default_rng(1).permutation(300)[:120]
     view = atlas[chosen]
     codes = resolve(register(view, batch_key="batch"), view)
-    for mb in stream_minibatches(view, codes, batch_size=40, num_workers=2):
+    for mb in minibatches(view, codes, batch_size=40, num_workers=2):
         assert np.isin(mb.rows, chosen).all()
         np.testing.assert_array_equal(mb.batch_index, adata.obs["batch"].cat.codes.iloc[mb.rows])
         assert (mb.counts.to_scipy() != adata.X[mb.rows.numpy()]).nnz == 0
@@ -132,8 +136,8 @@ def test_resuming_and_sharing_are_open_to_a_stream(atlas):
 
 def test_breaking_out_of_the_loop_leaves_no_threads(atlas, codes):
     for make in (
-        lambda: stream_minibatches(atlas, codes, batch_size=8, num_workers=2),
-        lambda: stream_counts(atlas, batch_size=8, num_workers=2),
+        lambda: minibatches(atlas, codes, batch_size=8, num_workers=2),
+        lambda: atlas.stream(batch_size=8, num_workers=2),
         lambda: stream_blocks(atlas, num_workers=2),
     ):
         for _ in make():
@@ -143,7 +147,7 @@ def test_breaking_out_of_the_loop_leaves_no_threads(atlas, codes):
 
 def test_an_exception_in_the_loop_leaves_no_threads(atlas, codes):
     def train():
-        for _ in stream_minibatches(atlas, codes, batch_size=8, num_workers=2):
+        for _ in minibatches(atlas, codes, batch_size=8, num_workers=2):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -164,30 +168,30 @@ def test_blocks_are_all_cells_in_order(adata, atlas, num_workers):
 
 def test_arguments_are_checked_before_the_first_minibatch(atlas, codes):
     with pytest.raises(OptionError, match="batch_size=0"):
-        stream_minibatches(atlas, codes, batch_size=0)
+        minibatches(atlas, codes, batch_size=0)
     with pytest.raises(CellsError, match="positions 0 to 300 asked of 300 cells"):
-        stream_minibatches(atlas, codes, positions=np.arange(301))
+        minibatches(atlas, codes, positions=np.arange(301))
     with pytest.raises(CellsError, match="vector of integers"):
-        stream_minibatches(atlas, codes, positions=np.array([0.5]))
+        minibatches(atlas, codes, positions=np.array([0.5]))
     with pytest.raises(CellsError, match="codes are for 300 cells but the atlas has 20"):
-        stream_minibatches(atlas[:20], codes)
+        minibatches(atlas[:20], codes)
     with pytest.raises(GenesError, match="codes name gene 59 but the atlas has 10"):
-        stream_minibatches(atlas[:, :10], codes)
+        minibatches(atlas[:, :10], codes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_pinning_without_a_device_is_refused_and_not_done_by_itself(atlas, codes):
     with pytest.raises(OptionError, match="pin_memory=True needs a CUDA device"):
-        stream_minibatches(atlas, codes, pin_memory=True)
-    assert not next(stream_minibatches(atlas, codes, num_workers=0)).rows.is_pinned()
+        minibatches(atlas, codes, pin_memory=True)
+    assert not next(minibatches(atlas, codes, num_workers=0)).rows.is_pinned()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_minibatches_are_pinned_where_there_is_a_device(atlas, codes):
-    mb = next(stream_minibatches(atlas, codes, num_workers=1))
+    mb = next(minibatches(atlas, codes, num_workers=1))
     tensors = (mb.counts.data, mb.counts.indices, mb.counts.indptr, mb.rows, mb.batch_index, mb.cont_covs)
     assert all(tensor.is_pinned() for tensor in tensors)
-    assert not next(stream_minibatches(atlas, codes, pin_memory=False)).rows.is_pinned()
+    assert not next(minibatches(atlas, codes, pin_memory=False)).rows.is_pinned()
 
 
 def test_pack_widens_codes_and_takes_them_by_row(adata, atlas, codes):
