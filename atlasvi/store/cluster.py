@@ -24,8 +24,10 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError, StoreError
+from atlasvi.store.base import Source
 from atlasvi.store.joined import JoinedSource
 from atlasvi.store.remote import is_url
+from atlasvi.store.sources import GroupSource, TenxSource, open_source
 
 if TYPE_CHECKING:
     import distributed
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_OPEN = 64
-_opened: dict[tuple[str, str | None], tuple[object, Atlas]] = {}
+_opened: dict[Place, tuple[object, Source]] = {}
 _opening = threading.Lock()
 
 
@@ -43,26 +45,79 @@ _opening = threading.Lock()
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where counts are: what another process needs to open them.
+
+    Args:
+        path: of the file or folder, absolute, or a URL.
+        layer: where the counts are in it.
+    """
+
+    path: str
+    layer: str | None
+
+    @classmethod
+    def of(cls, source: Source) -> Place:
+        """Where a source is.
+
+        Raises:
+            OptionError: in the memory of this process, or in a file that it must put into rows first.
+        """
+        if isinstance(source, (GroupSource, TenxSource)) and not source.by_genes:
+            path = source.name if source.path is None else os.path.abspath(source.path)
+            return cls(path, source.layer)
+        raise OptionError(
+            f"{source.name!r} {source.place} is in the memory of this process, or put into rows by it, and "
+            "no other can read it; make a store of it, without a client: atlasvi.ingest(..., 'atlas.zarr')"
+        )
+
+    def open(self) -> Source:
+        """The source, kept open in this process until its metadata change: it was replaced, or has grown."""
+        with _opening:
+            stamp, (seen, source) = self._stamp(), _opened.get(self, (None, None))
+            if source is None or seen != stamp:
+                source = open_source(self.path, self.layer)
+                # Whoever still reads the one that is replaced keeps it alive.
+                _opened.pop(self, None)
+                while len(_opened) >= _MAX_OPEN:
+                    del _opened[next(iter(_opened))]
+                _opened[self] = stamp, source
+            return source
+
+    def _stamp(self) -> object:
+        if is_url(self.path):
+            return None  # to ask for each block would cost a request
+        for file in (Path(self.path, "zarr.json"), Path(self.path, ".zgroup"), Path(self.path)):
+            if file.exists():
+                found = file.stat()
+                return found.st_ino, found.st_mtime_ns, found.st_size
+        raise StoreError(
+            f"{self.path!r} is not there on {socket.gethostname()}, where a worker of the cluster runs; put "
+            "it where all workers see it under this path"
+        )
+
+
+@dataclass(frozen=True)
 class Piece:
     """Cells of one store.
 
     Args:
-        path: of the store, or its URL.
-        layer: where its counts are.
+        place: of the store.
         rows: of the store, in any order.
         columns: ``(G_store,)``, which gene each column becomes, or -1 (left out); ``None`` as they are.
         n_vars: number of genes.
     """
 
-    path: str
-    layer: str | None
+    place: Place
     rows: slice | NDArray[Any]
     columns: NDArray[Any] | None
     n_vars: int
 
     def read(self) -> CSR:
         """The counts, from a store that is opened once in this process."""
-        counts = _open_once(self.path, self.layer).read_rows(self.rows)
+        from atlasvi.store.atlas import Atlas
+
+        counts = Atlas(self.place.open()).read_rows(self.rows)
         return counts if self.columns is None else counts.take_columns(self.columns, self.n_vars)
 
 
@@ -104,7 +159,7 @@ def locate(atlas: Atlas, positions: NDArray[np.int64]) -> Block:
     found = list(_pieces(atlas, positions, np.arange(len(positions)), None, atlas.n_vars))
     order = np.concatenate([at for _, at in found])
     is_straight = bool((np.diff(order) == 1).all())
-    return Block(tuple(piece for piece, _ in found), None if is_straight else _narrow(np.argsort(order)))
+    return Block(tuple(piece for piece, _ in found), None if is_straight else narrow(np.argsort(order)))
 
 
 def _pieces(
@@ -117,29 +172,13 @@ def _pieces(
     """Pieces, and where among all the cells theirs are; ``outer`` renames the genes of the atlas."""
     rows, columns = atlas.numbers_of(positions), _composed(atlas._column_of, outer)
     if not isinstance(atlas._source, JoinedSource):
-        narrow = None if columns is None else columns.astype(np.min_scalar_type(-max(n_vars, 1)))
-        yield Piece(place_of(atlas), atlas.layer, _shortest(rows), narrow, n_vars), at
+        sent = None if columns is None else narrow(columns)
+        yield Piece(Place.of(atlas._source), _shortest(rows), sent, n_vars), at
         return
     for part, first, column_of in atlas._source.parts:
         here = np.flatnonzero((rows >= first) & (rows < first + part.n_obs))
         if len(here):
             yield from _pieces(part, rows[here] - first, at[here], _composed(column_of, columns), n_vars)
-
-
-def place_of(atlas: Atlas) -> str:
-    """The path or URL of a store, as another process finds it.
-
-    Raises:
-        OptionError: there is none, as of an AnnData in memory.
-    """
-    if is_url(atlas.name):
-        return atlas.name
-    if atlas.path is None:
-        raise OptionError(
-            f"{atlas!r} is not a store on disk, so that no other process can read it; make one: "
-            "atlasvi.ingest(adata, 'atlas.zarr')"
-        )
-    return os.path.abspath(atlas.path)
 
 
 def _composed(inner: NDArray[np.int64] | None, outer: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
@@ -151,11 +190,14 @@ def _composed(inner: NDArray[np.int64] | None, outer: NDArray[np.int64] | None) 
 def _shortest(rows: NDArray[np.int64]) -> slice | NDArray[Any]:
     if len(rows) and (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
-    return _narrow(rows)
+    return narrow(rows)
 
 
-def _narrow(values: NDArray[np.int64]) -> NDArray[Any]:
-    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+def narrow(values: NDArray[np.int64]) -> NDArray[Any]:
+    """The same numbers, at least -1, in as few bytes as they take."""
+    largest = int(values.max(initial=0))
+    is_signed = bool((values < 0).any())
+    return values.astype(np.min_scalar_type(-largest - 1 if is_signed else largest))
 
 
 # --- on a worker ------------------------------------------------------------------------------------
@@ -167,33 +209,9 @@ def read_block(block: Block) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], 
     return *counts.numpy(), counts.n_vars
 
 
-def _open_once(path: str, layer: str | None) -> Atlas:
-    """The store, kept open in this process until its metadata change (it was replaced or appended to)."""
-    from atlasvi.store.atlas import open as open_atlas
-
-    with _opening:
-        stamp, (seen, atlas) = _stamp(path), _opened.get((path, layer), (None, None))
-        if atlas is None or seen != stamp:
-            atlas = open_atlas(path, layer=layer)
-            # Whoever still reads the one that is replaced keeps it alive.
-            _opened.pop((path, layer), None)
-            while len(_opened) >= _MAX_OPEN:
-                del _opened[next(iter(_opened))]
-            _opened[path, layer] = stamp, atlas
-        return atlas
-
-
-def _stamp(path: str) -> object:
-    if is_url(path):
-        return None  # to ask for each block would cost a request
-    for file in (Path(path, "zarr.json"), Path(path, ".zgroup"), Path(path)):
-        if file.exists():
-            found = file.stat()
-            return found.st_ino, found.st_mtime_ns, found.st_size
-    raise StoreError(
-        f"{path!r} is not there on {socket.gethostname()}, where a worker of the cluster runs; put the atlas "
-        "where all workers see it under this path"
-    )
+def with_source(place: Place, function: Callable[..., T], *args: Any) -> T:
+    """The task of an ingest: ``function(source, *args)``."""
+    return function(place.open(), *args)
 
 
 # --- in the process that asks -----------------------------------------------------------------------
@@ -220,7 +238,7 @@ def count_readers(client: Any, num_workers: int | None = None) -> int:
         raise OptionError(f"client={client!r} is {state} and cannot be waited for; {remedy}")
     if num_workers is None:
         # None yet where workers are still to come.
-        return max(1, sum(client.nthreads().values()))
+        return max(1, int(sum(client.nthreads().values())))
     if num_workers < 1:
         raise OptionError(
             f"num_workers={num_workers} of a cluster cannot be; give at least 1, or leave it out"
@@ -238,7 +256,7 @@ def check_places(atlas: Atlas) -> None:
         for part, _, _ in atlas._source.parts:
             check_places(part)
     else:
-        place_of(atlas)
+        Place.of(atlas._source)
 
 
 def in_order(
@@ -293,10 +311,12 @@ async def _fetch(client: distributed.Client, task: distributed.Future[T]) -> T:
 __all__ = [
     "Block",
     "Piece",
+    "Place",
     "check_places",
     "count_readers",
     "in_order",
     "locate",
-    "place_of",
+    "narrow",
     "read_block",
+    "with_source",
 ]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import StoreError
-from atlasvi.store import frame
+from atlasvi.store import cluster, frame
 from atlasvi.store.base import Source
 from atlasvi.store.cells import BLOCK_ENTRIES, Cells, row_blocks
 from atlasvi.store.counts import checked_rows
@@ -23,8 +25,15 @@ from atlasvi.store.rows import with_zarrs
 from atlasvi.store.spill import FileArray, Spill, disk_array
 from atlasvi.store.tasks import Progress, run_tasks
 
+if TYPE_CHECKING:
+    import distributed
+
+T = TypeVar("T")
+
 _INDPTR_CHUNK = 1 << 18
 _BYTES_PER_READ_ENTRY = 48
+# Blocks that a cluster checks in one task: a task there costs about as much as checking one.
+_BLOCKS_A_TASK = 8
 
 
 @dataclass(frozen=True)
@@ -35,20 +44,42 @@ class Effort:
         workers: threads.
         memory_budget: bytes for shards being written at a time.
         progress: told of tasks that ended.
+        client: of a cluster that reads and checks the inputs, while the threads wait for it and write.
     """
 
     workers: int
     memory_budget: int
     progress: Progress | None
+    client: distributed.Client | None = None
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of the atlas that come from one source, one after the other."""
+    """Rows of the atlas that come from one source, one after the other; a cluster reads what has a place."""
 
     source: Source
     first: int
-    column_of: NDArray[np.int64]
+    column_of: NDArray[Any]
+    place: cluster.Place | None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is to be known of some rows before anything is written.
+
+    Args:
+        kept: ``(n,)``, entries that each cell keeps.
+        max_count: the largest.
+        seen: ``(G,)`` bool, genes of the atlas with counts.
+        columns: of the entries; none where they were not asked for.
+        counts: of the entries; likewise.
+    """
+
+    kept: NDArray[np.int64]
+    max_count: int
+    seen: NDArray[np.bool_]
+    columns: NDArray[np.uint32]
+    counts: NDArray[np.uint32]
 
 
 class Conversion:
@@ -68,6 +99,11 @@ class Conversion:
         self._lock, self._encoding = threading.Lock(), threading.Lock()
         self._seen = np.zeros(len(genes.names), bool)
         self._kept = disk_array(scratch / "kept.bin", cells.n_obs, np.int64)
+        parts = zip(cells.sources, cells.offsets[:-1].tolist(), genes.column_of, strict=True)
+        self._asked: set[Any] = set()
+        self._inputs = [
+            _Part(*part, None if effort.client is None else cluster.Place.of(part[0])) for part in parts
+        ]
         self._spill: Spill | None = None
         if cells.order is not None:
             folder = scratch / "spill"
@@ -98,7 +134,7 @@ class Conversion:
         Raises:
             CountsError: a value is not a count.
         """
-        blocks = list(self._cells.blocks())
+        blocks = list(self._blocks())
         self._run(self._check_block, blocks, [stop - start for _, start, stop in blocks], "checking counts")
         self._indptr = disk_array(self._scratch / "indptr.bin", self.shape[0] + 1, np.int64)
         np.cumsum(self._kept, out=self._indptr[1:])
@@ -109,20 +145,51 @@ class Conversion:
         self, function: Any, items: Any, sizes: list[int], label: str, workers: int | None = None
     ) -> None:
         workers = self._effort.workers if workers is None else workers
-        run_tasks(function, items, sizes, label=label, workers=workers, progress=self._effort.progress)
+        run_tasks(
+            function, items, sizes, label=label, workers=workers, progress=self._effort.progress,
+            give_up=self._give_up,
+        )  # fmt: skip
 
     def _check_block(self, block: tuple[int, int, int]) -> None:
+        self._cells.hash_block(*block)
         i, start, stop = block
-        self._cells.hash_block(i, start, stop)
-        source = self._cells.sources[i]
-        indptr, columns, counts = checked_rows(source, start, stop, self._genes.column_of[i])
-        kept, places = np.diff(indptr), self._cells.places(i, start, stop)
-        self._kept[places] = kept
+        found = self._ask(self._inputs[i], _look, start, stop, self.shape[1], self._spill is not None)
+        places = self._cells.places(i, start, stop)
+        self._kept[places] = found.kept
         if self._spill is not None:
-            self._spill.add(np.repeat(np.asarray(places), kept), columns, counts)
+            self._spill.add(np.repeat(np.asarray(places), found.kept), found.columns, found.counts)
         with self._lock:
-            self.max_count = max(self.max_count, int(counts.max(initial=0)))
-            self._seen[columns] = True
+            self.max_count = max(self.max_count, found.max_count)
+            self._seen |= found.seen
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Input and rows of it that one task checks."""
+        if self._effort.client is None:
+            yield from self._cells.blocks()
+            return
+        for i, blocks in groupby(self._cells.blocks(), lambda block: block[0]):
+            some = list(blocks)
+            for k in range(0, len(some), _BLOCKS_A_TASK):
+                yield i, some[k][1], some[k : k + _BLOCKS_A_TASK][-1][2]
+
+    def _ask(self, part: _Part, function: Callable[..., T], *args: Any) -> T:
+        """``function(source, column_of, *args)``, on a worker of the cluster where there is one."""
+        client = self._effort.client
+        if part.place is None or client is None:
+            return function(part.source, part.column_of, *args)
+        columns = cluster.narrow(part.column_of)
+        task = client.submit(cluster.with_source, part.place, function, columns, *args, pure=False)
+        self._asked.add(task)
+        try:
+            return task.result()  # type: ignore[no-any-return]
+        finally:
+            self._asked.discard(task)
+
+    def _give_up(self) -> None:
+        """Else threads would wait for a cluster that may have no worker."""
+        client = self._effort.client
+        if client is not None and self._asked and client.status == "running":
+            client.cancel(list(self._asked))
 
     def write(self, group: Any) -> None:
         """Pass 2: ``X``, one shard a task.
@@ -155,10 +222,8 @@ class Conversion:
 
     def _make_parts(self) -> list[_Part]:
         if self._spill is not None:
-            return [_Part(self._merged(self._spill), 0, np.arange(self.shape[1]))]
-        sources, columns = self._cells.sources, self._genes.column_of
-        firsts = self._cells.offsets[:-1].tolist()
-        return [_Part(*part) for part in zip(sources, firsts, columns, strict=True)]
+            return [_Part(self._merged(self._spill), 0, np.arange(self.shape[1]), None)]
+        return self._inputs
 
     def _merged(self, spill: Spill) -> Source:
         indices, values = spill.begin_merge(self._indptr)
@@ -194,16 +259,76 @@ class Conversion:
         start, stop = self._rows_of(first, last)
         for part in self._parts:
             lo, hi = max(start - part.first, 0), min(stop - part.first, part.source.shape[0])
-            for a, b in row_blocks(part.source, lo, hi):
-                _, columns, counts = checked_rows(part.source, a, b, part.column_of)
-                at = int(self._indptr[part.first + a])
-                if at + len(columns) != self._indptr[part.first + b]:
-                    raise StoreError(f"{part.source.name!r} changed while it was read; ingest it again")
-                skip, end = max(0, first - at), min(len(columns), last - at)
-                indices[at + skip - first : at + end - first] = columns[skip:end]
-                data[at + skip - first : at + end - first] = counts[skip:end]
-                # Else they stay until the next block is read.
-                del columns, counts
+            if lo >= hi:
+                continue
+            offsets = np.asarray(self._indptr[part.first + lo : part.first + hi + 1])
+            begin, end = max(first, int(offsets[0])), min(last, int(offsets[-1]))
+            here = slice(begin - first, end - first)
+            if part.place is None:
+                _fill(part.source, part.column_of, lo, offsets, begin, indices[here], data[here])
+            else:
+                asked = lo, offsets, begin, end, indices.dtype, data.dtype
+                indices[here], data[here] = self._ask(part, _entries, *asked)
+
+
+def _look(
+    source: Source, column_of: NDArray[Any], start: int, stop: int, n_vars: int, entries: bool
+) -> _Look:
+    """Pass 1 over some rows."""
+    column_of = np.asarray(column_of, np.int64)
+    parts = [checked_rows(source, *rows, column_of) for rows in row_blocks(source, start, stop)]
+    seen = np.zeros(n_vars, bool)
+    for _, columns, _ in parts:
+        seen[columns] = True
+    indptrs, columns, counts = zip(*parts, strict=True)
+    max_count = max(int(each.max(initial=0)) for each in counts)
+    none = (np.zeros(0, np.uint32),)
+    return _Look(
+        _in_one([np.diff(indptr) for indptr in indptrs]), max_count, seen,
+        _in_one(columns if entries else none), _in_one(counts if entries else none),
+    )  # fmt: skip
+
+
+def _in_one(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _fill(
+    source: Source,
+    column_of: NDArray[Any],
+    start: int,
+    offsets: NDArray[np.int64],
+    begin: int,
+    indices: NDArray[Any],
+    data: NDArray[Any],
+) -> None:
+    """Read entries of rows from ``start`` on, from entry ``begin`` of the store until the arrays are full."""
+    column_of, end = np.asarray(column_of, np.int64), begin + len(indices)
+    for a, b in row_blocks(source, start, start + len(offsets) - 1):
+        _, columns, counts = checked_rows(source, a, b, column_of)
+        at, until = int(offsets[a - start]), int(offsets[b - start])
+        if at + len(columns) != until:
+            raise StoreError(f"{source.name!r} changed while it was read; ingest it again")
+        lo, hi = max(at, begin), min(until, end)
+        indices[lo - begin : hi - begin] = columns[lo - at : hi - at]
+        data[lo - begin : hi - begin] = counts[lo - at : hi - at]
+        # Else they stay until the next block is read.
+        del columns, counts
+
+
+def _entries(
+    source: Source,
+    column_of: NDArray[Any],
+    start: int,
+    offsets: NDArray[np.int64],
+    begin: int,
+    end: int,
+    *dtypes: np.dtype[Any],
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The entries ``begin`` to ``end`` of the store, of rows from ``start`` on, in the types that it has."""
+    indices, data = (np.empty(end - begin, dtype) for dtype in dtypes)
+    _fill(source, column_of, start, offsets, begin, indices, data)
+    return indices, data
 
 
 class _Shuffled(Source):

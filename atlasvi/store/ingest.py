@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anndata
 import zarr
@@ -25,11 +25,15 @@ from atlasvi.errors import OptionError, StoreError
 from atlasvi.store.base import Source
 from atlasvi.store.carry import Carrier
 from atlasvi.store.cells import Cells, input_names
+from atlasvi.store.cluster import count_readers
 from atlasvi.store.convert import Conversion, Effort
 from atlasvi.store.genes import GeneJoin, Join, join_genes
 from atlasvi.store.sources import FORMAT, open_source
 from atlasvi.store.space import naming_a_full_disk
 from atlasvi.store.tasks import Progress
+
+if TYPE_CHECKING:
+    import distributed
 
 MAX_WORKERS = 4
 
@@ -80,6 +84,7 @@ def ingest(
     workers: int | None = None,
     memory_budget: int = 128 << 20,
     progress: Progress | None = None,
+    client: distributed.Client | None = None,
 ) -> IngestReport:
     """Write one atlas, an AnnData Zarr store, from one or many inputs, whatever their size.
 
@@ -99,6 +104,8 @@ def ingest(
         workers: threads; by default the number of cores, at most 4.
         memory_budget: bytes for shards being written at a time, which may lower the number of workers.
         progress: called with (what is done, cells done, cells in all).
+        client: of a Dask cluster whose workers read and check the inputs, which they must see under the same
+            paths; what is kept is put in order and written here. By default threads do all of it.
 
     Returns:
         What was made, with what was left out.
@@ -122,10 +129,12 @@ def ingest(
     _check_out(out, overwrite, inputs)
     if workers is not None and workers < 1:
         raise OptionError(f"workers={workers} cannot work; pass 1 or more, or leave it out")
-    threads = min(MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+    # Of a cluster two tasks for each reader, so that none waits for what is to be done here.
+    readers = min(MAX_WORKERS, os.cpu_count() or 1) if client is None else 2 * count_readers(client)
+    threads = readers if workers is None else workers
     job = _Job(
         out.with_name(f".{out.name}.ingest"), layer, join, var_key, seed if shuffle else None, input_key,
-        make_unique, Effort(threads, memory_budget, progress),
+        make_unique, Effort(threads, memory_budget, progress, client),
     )  # fmt: skip
     shutil.rmtree(job.work, ignore_errors=True)
     try:

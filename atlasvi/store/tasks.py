@@ -26,6 +26,7 @@ def run_tasks(
     label: str,
     workers: int,
     progress: Progress | None,
+    give_up: Callable[[], None] | None = None,
 ) -> None:
     """Call ``function`` on each item, ``workers`` at a time, in about the order given.
 
@@ -36,6 +37,7 @@ def run_tasks(
         label: what is being done.
         workers: number of threads.
         progress: called with (label, cells done, cells in all) as tasks end.
+        give_up: called where a task fails or Ctrl-C is pressed, before the tasks under way are waited for.
     """
     # Dask begins with the last of tasks that depend on nothing; the first rows first reads files in order.
     names = [f"{label}-{k:09d}" for k in reversed(range(len(items)))]
@@ -47,6 +49,10 @@ def run_tasks(
                 some = slice(first, first + _AT_ONCE)
                 todo = [call(item, dask_key_name=n) for item, n in zip(items[some], names[some], strict=True)]
                 compute(*todo, scheduler="threads", pool=pool, optimize_graph=False)  # type: ignore[no-untyped-call]
+    except BaseException:
+        if give_up is not None:
+            give_up()
+        raise
     finally:
         # The tasks under way write files: whoever cleans up must not run beside them.
         pool.shutdown(wait=True, cancel_futures=True)
