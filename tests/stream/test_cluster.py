@@ -21,7 +21,7 @@ from atlasvi.store.atlas import Atlas
 from atlasvi.store.cluster import Piece, Place, check_places, count_readers, in_order, locate
 from atlasvi.store.ingest import ingest
 from atlasvi.stream.plan import plan_epoch
-from atlasvi.stream.read import count_workers, read_units, read_units_on
+from atlasvi.stream.read import count_workers, read_units_on
 
 distributed = pytest.importorskip("distributed")
 
@@ -115,20 +115,45 @@ def wait_for_no_tasks(client):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_same_blocks_from_threads_and_from_the_cluster(client, places, place):
+def test_a_worker_reads_what_is_read_here(client, places, place):
     atlas = places[place]
     positions = np.random.default_rng(1).permutation(atlas.n_obs)[:1500]
-    for at, n_rows in ((None, atlas.n_obs), (positions, len(positions))):
-        units = units_of(n_rows)
-
-        def read(start, stop, at=at):
-            return atlas.read_rows(slice(start, stop) if at is None else at[start:stop])
-
-        here = {digest(read_units(read, units, num_workers=n)) for n in (0, 1, 2, 4)}
-        there = {digest(read_units_on(client, atlas, at, units, ahead=2 * n)) for n in (1, 2, 4)}
-        assert len(here) == 1
-        assert there == here
+    for at in (np.arange(atlas.n_obs), positions):
+        units = units_of(len(at))
+        there = read_units_on(client, atlas, at, units, ahead=3)
+        assert digest(there) == digest(atlas.read_rows(at[unit.start : unit.stop]) for unit in units)
     assert wait_for_no_tasks(client) == 0
+
+
+def digest_of_stream(pieces):
+    h, n = hashlib.sha256(), 0
+    for counts, rows in pieces:
+        h.update(rows.tobytes())
+        h.update(digest([counts]).encode())
+        n += len(rows)
+    return h.hexdigest(), n
+
+
+@pytest.mark.parametrize("place", ("store", "view of joined"))
+@pytest.mark.parametrize("shuffle", (True, False))
+def test_the_same_sequence_from_threads_and_from_the_cluster(client, places, place, shuffle):
+    atlas = places[place]
+    asked = {"batch_size": 64, "seed": 1, "epoch": 2, "shuffle": shuffle, "memory_budget": 1 << 17}
+    here = {digest_of_stream(atlas.stream(**asked, num_workers=n)) for n in (0, 1, 2, 4)}
+    there = {digest_of_stream(atlas.stream(**asked, num_workers=n, client=client)) for n in (1, 2, 4, None)}
+    assert {n for _, n in here} == {atlas.n_obs}
+    assert there == here
+    assert len(here) == 1
+
+
+def test_ordered_blocks_come_from_the_cluster_too(client, places):
+    atlas = places["view"]
+    blocks = list(atlas.iter_blocks(client=client, memory_budget=1 << 17))
+    assert len(blocks) > 1
+    np.testing.assert_array_equal(np.concatenate([at for _, at in blocks]), np.arange(atlas.n_obs))
+    both = [np.vstack([counts.to_dense().numpy() for counts in some]) for some in
+            ([counts for counts, _ in blocks], [atlas.read_rows(slice(None))])]  # fmt: skip
+    np.testing.assert_array_equal(*both)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -323,14 +348,15 @@ def test_distributed_that_is_not_installed_is_named(monkeypatch):
 
 def test_a_killed_worker_costs_no_cell(client, places):
     atlas = places["store"]
-    units = units_of(N_OBS, block_rows=20)
-    expected = [atlas.read_rows(slice(unit.start, unit.stop)) for unit in units]
+    asked = {"batch_size": 64, "seed": 1, "memory_budget": 1 << 17}
     before = client.run(os.getpid)
     got = []
-    for k, counts in enumerate(read_units_on(client, atlas, None, units, ahead=8)):
-        got.append(counts)
-        if k == 10:
+    for k, (counts, rows) in enumerate(atlas.stream(**asked, client=client)):
+        if k == 5:
             os.kill(next(iter(before.values())), signal.SIGKILL)
-    assert digest(got) == digest(expected)
+            assert n_tasks(client) > 0
+        got.append((counts, rows))
+    assert digest_of_stream(got) == digest_of_stream(atlas.stream(**asked, num_workers=0))
+    np.testing.assert_array_equal(np.sort(np.concatenate([rows for _, rows in got])), np.arange(N_OBS))
     client.wait_for_workers(2)
     assert set(client.run(os.getpid).values()) != set(before.values())
