@@ -27,11 +27,13 @@ class Carrier:
         group: the zarr group of the atlas.
         cells: of the atlas.
         genes: of the atlas.
-        input_key: column of obs for the input of each cell.
+        input_key: column of obs for the input of each cell, or ``None`` for none.
         scratch: folder for temporary files.
     """
 
-    def __init__(self, group: Any, cells: Cells, genes: GeneJoin, input_key: str, scratch: Any) -> None:
+    def __init__(
+        self, group: Any, cells: Cells, genes: GeneJoin, input_key: str | None, scratch: Any
+    ) -> None:
         self._group, self._cells, self._genes, self._scratch = group, cells, genes, scratch
         self._input_key = input_key
         self._sources = cells.sources
@@ -39,31 +41,33 @@ class Carrier:
 
     def write(self) -> None:
         """Write all of it; `left_out` then names what could not be."""
-        self._write_obs()
         self._write_var()
+        self.write_cells()
+        self._write_uns([source.extras() for source in self._sources])
+        for key in ("layers", "obsp", "varm", "varp"):
+            self._group.create_group(key).attrs.update(_DICT)
+
+    def write_cells(self) -> None:
+        """Write what there is one of for each cell: obs and obsm."""
+        self._write_obs()
         extras = [source.extras() for source in self._sources]
         self._name_the_rest(extras)
         self._write_obsm(extras)
-        self._write_uns(extras)
-        for key in ("layers", "obsp", "varm", "varp"):
-            self._group.create_group(key).attrs.update(_DICT)
 
     def _write_obs(self) -> None:
         obs = frame.write_frame(self._group, "obs", self._cells.n_obs)
         self._cells.write_names(frame.index(obs), frame.NAMES)
         keys = list(dict.fromkeys(key for source in self._sources for key in source.obs_keys))
-        if not (self._input_key in keys and len(self._sources) == 1):
-            self._write_input_column(obs, keys)
+        if self._input_key is not None and not (self._input_key in keys and len(self._sources) == 1):
+            self._write_input_column(obs, self._input_key, keys)
         for key in keys:
             parts = [source.obs_column(key) if key in source.obs_keys else None for source in self._sources]
             self._write_merged(obs, "obs", key, parts)
 
-    def _write_input_column(self, obs: Any, keys: list[str]) -> None:
-        if self._input_key in keys:
-            raise OptionError(
-                f"obs of an input has a column {self._input_key!r} already; pass another input_key="
-            )
-        frame.write_column(obs, self._input_key, self._cells.in_order(self._cells.input_column()))
+    def _write_input_column(self, obs: Any, input_key: str, keys: list[str]) -> None:
+        if input_key in keys:
+            raise OptionError(f"obs of an input has a column {input_key!r} already; pass another input_key=")
+        frame.write_column(obs, input_key, self._cells.in_order(self._cells.input_column()))
 
     def _write_merged(self, table: Any, part: str, key: str, parts: list[Any]) -> None:
         column = self._cells.in_order(merge(parts, self._cells.lengths))

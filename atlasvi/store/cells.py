@@ -34,19 +34,30 @@ class Cells:
         names: of the inputs.
         scratch: folder for temporary files.
         seed: of a random order, or ``None`` for the order of the inputs.
+        before: an atlas whose cells stand before these and keep their names, none of which may come again.
 
     Raises:
         CellsError: there are none.
     """
 
-    def __init__(self, sources: list[Source], names: list[str], scratch: Path, seed: int | None) -> None:
+    def __init__(
+        self,
+        sources: list[Source],
+        names: list[str],
+        scratch: Path,
+        seed: int | None,
+        before: Source | None = None,
+    ) -> None:
         self.sources, self.names, self._scratch = sources, names, scratch
         self.lengths = [source.shape[0] for source in sources]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.n_obs = int(self.offsets[-1])
         if self.n_obs == 0:
             raise CellsError(f"there are no cells in {', '.join(repr(s.name) for s in sources)}")
-        self._hashes = disk_array(scratch / "hashes.bin", self.n_obs, np.uint64)
+        # The atlas comes last, so that rows of the inputs count from 0.
+        self._named = sources if before is None else [*sources, before]
+        n_names = self.n_obs + (0 if before is None else before.shape[0])
+        self._hashes = disk_array(scratch / "hashes.bin", n_names, np.uint64)
         self._numbers: dict[int, str] = {}
         self._append_input = False
         self._width, self._lock = 1, threading.Lock()
@@ -97,14 +108,14 @@ class Cells:
 
     def name_blocks(self) -> Iterator[tuple[int, int, int]]:
         """Input and rows of it whose names are read at once: the chunks that an atlas has them in."""
-        for i, n in enumerate(self.lengths):
-            for start in range(0, n, frame.NAMES):
-                yield i, start, min(start + frame.NAMES, n)
+        for i, source in enumerate(self._named):
+            for start in range(0, source.shape[0], frame.NAMES):
+                yield i, start, min(start + frame.NAMES, source.shape[0])
 
     def read_names(self, i: int, start: int, stop: int) -> NDArray[Any]:
         """Names of rows of input ``i`` as the atlas has them."""
-        names = self.sources[i].read_names(start, stop)
-        if not self._numbers and not self._append_input:
+        names = self._named[i].read_names(start, stop)
+        if i == len(self.sources) or not (self._numbers or self._append_input):
             return names
         end = f"-{self.names[i]}" if self._append_input else ""
         first = int(self.offsets[i]) + start
@@ -161,9 +172,9 @@ class Cells:
             return
         if not make_unique:
             name, i, j = pair
-            where = f"twice in {self.sources[i].name!r}"
+            where = f"twice in {self._named[i].name!r}"
             if i != j:
-                where = f"in {self.sources[i].name!r} and in {self.sources[j].name!r}"
+                where = f"in {self._named[i].name!r} and in {self._named[j].name!r}"
             raise CellsError(
                 f"cell {name!r} is {where}; pass make_unique=True to append the input's name, or a number"
             )
@@ -171,7 +182,7 @@ class Cells:
 
     def _repeated(self) -> NDArray[np.uint64]:
         """The hashes that stand more than once."""
-        in_order = disk_array(self._scratch / "sorted.bin", self.n_obs, np.uint64)
+        in_order = disk_array(self._scratch / "sorted.bin", len(self._hashes), np.uint64)
         in_order[:] = self._hashes
         np.asarray(in_order).sort()
         return np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
@@ -190,7 +201,7 @@ class Cells:
         for i, start, stop in self.name_blocks():
             hashes = np.asarray(self._hashes[self.rows(i, start, stop)])
             found = np.flatnonzero(np.isin(hashes, wanted))
-            names = self.sources[i].read_names(start, stop) if len(found) else np.zeros(0, STRING)
+            names = self._named[i].read_names(start, stop) if len(found) else np.zeros(0, STRING)
             for b in found.tolist():
                 yield i, str(names[b]), int(self.offsets[i]) + start + b
 
@@ -198,10 +209,12 @@ class Cells:
         """Number the cells that share a name in one input; append the input where there are several."""
         seen: dict[tuple[int, str], int] = {}
         for i, name, row in self._with_hash(repeated):
+            if i == len(self.sources):
+                continue
             n = seen[i, name] = seen.get((i, name), -1) + 1
             if n:
                 self._numbers[row] = f"-{n}"
-        self._append_input = len(self.sources) > 1
+        self._append_input = len(self._named) > 1
         self.hash_names()
         if len(self._repeated()):
             raise CellsError(

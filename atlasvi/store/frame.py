@@ -125,8 +125,8 @@ def write_plain(group: Any, key: str, values: NDArray[Any], rows: int, encoding:
 
 
 def create_array(group: Any, key: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
-    """An empty array, compressed and checksummed, with chunks of at most ``rows`` rows."""
-    chunks = (max(1, min(rows, shape[0])), *(max(1, n) for n in shape[1:]))
+    """An empty array, compressed and checksummed, in chunks of ``rows`` rows, as it may be added to."""
+    chunks = (max(1, rows), *(max(1, n) for n in shape[1:]))
     return group.create_array(key, shape=shape, dtype=dtype, chunks=chunks, compressors=codecs())
 
 
@@ -140,7 +140,9 @@ def _write_categorical(group: Any, values: pd.Categorical) -> None:
     group.attrs.update(
         {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": bool(values.ordered)}
     )
-    write_plain(group, "codes", np.asarray(values.codes), CHUNK, "array")
+    # One byte a cell would be full at 127 levels, and more may be appended.
+    codes = np.asarray(values.codes)
+    write_plain(group, "codes", codes.astype(np.int16) if codes.itemsize == 1 else codes, CHUNK, "array")
     categories = np.asarray(values.categories)
     if categories.dtype.kind in "biuf":
         write_plain(group, "categories", categories, CHUNK, "array")

@@ -54,7 +54,7 @@ def join_genes(sources: list[Source], join: Join, var_key: str | None, make_uniq
     """
     if join not in ("inner", "outer"):
         raise OptionError(f"join={join!r} is not a way to join genes; pass 'inner' or 'outer'")
-    keys = [_keys(source, var_key, make_unique, several=len(sources) > 1) for source in sources]
+    keys = [gene_keys(source, var_key, make_unique, several=len(sources) > 1) for source in sources]
     chosen = _chosen(keys, join)
     if not chosen:
         raise GenesError(_nothing_shared(sources, keys))
@@ -64,7 +64,8 @@ def join_genes(sources: list[Source], join: Join, var_key: str | None, make_uniq
     return GeneJoin(_names(sources, column_of, len(chosen), make_unique), column_of, rows)
 
 
-def _keys(source: Source, var_key: str | None, make_unique: bool, *, several: bool) -> list[str]:
+def gene_keys(source: Source, var_key: str | None, make_unique: bool, *, several: bool) -> list[str]:
+    """What the genes of an input are matched by, each once; for the rest see `join_genes`."""
     if var_key is None:
         keys = source.var_names.tolist()
     elif var_key in source.var_keys:

@@ -56,20 +56,17 @@ def choose_layout(nnz: int, n_vars: int, max_count: int) -> Layout:
     """The layout for a matrix of this size.
 
     Chunks are 65,536 entries and shards as many as decode to 6 MB, so that writing one takes the same
-    memory however large the counts are: 32 chunks where an entry is 3 bytes, 24 where it is 4. A matrix
-    smaller than a chunk takes chunks of the next power of two, so that a small file does not pay for a
-    large one's buffers.
+    memory however large the counts are: 32 chunks where an entry is 3 bytes, 24 where it is 4. A small
+    matrix has the same, a chunk or a few of one shard: a large one may be appended to it.
 
     Args:
         nnz: number of entries, >= 0.
         n_vars: number of genes.
         max_count: largest count, at most 2**32 - 1.
     """
-    chunk = min(CHUNK_ENTRIES, 1 << max(0, int(max(nnz, 1) - 1).bit_length()))
     index, count = index_dtype(n_vars), count_dtype(max_count)
     per_shard = max(1, CHUNKS_PER_SHARD * _NARROWEST // (index.itemsize + count.itemsize))
-    per_shard = min(per_shard, -(-max(nnz, 1) // chunk))
-    return Layout(int(nnz), chunk, chunk * per_shard, index, count)
+    return Layout(int(nnz), CHUNK_ENTRIES, CHUNK_ENTRIES * per_shard, index, count)
 
 
 def index_dtype(n_vars: int) -> np.dtype[Any]:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError, SpaceError, StoreError
+from atlasvi.store.metadata import ROOT, Metadata, only_writer
 
 _ENCODING: dict[str, Any] = {"encoding-type": "array", "encoding-version": "0.2.0"}
 _DICT: dict[str, Any] = {"encoding-type": "dict", "encoding-version": "0.1.0"}
@@ -145,39 +145,53 @@ def _put(array: Any, row: int, values: NDArray[np.float32]) -> None:
 
 
 def _move_in(path: Path, partial: Path, key: str) -> None:
-    final, old = path / "obsm" / key, partial.with_suffix(".old")
-    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-    if "obsm" not in group:
-        group.create_group("obsm", attributes=_DICT)
-    # A stale copy of the metadata would hide the new array, or promise one that is not there.
-    was_consolidated = _drop_consolidated(path)
+    with only_writer(path):
+        if (path / ROOT).exists() and (metadata := Metadata.read(path)).is_consolidated:
+            _move_in_known(metadata, partial, key)
+            return
+        group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        if "obsm" not in group:
+            group.create_group("obsm", attributes=_DICT)
+        # A stale copy of the metadata would hide the new array, or promise one that is not there.
+        copy = path / ".zmetadata"
+        was_consolidated = copy.exists()
+        copy.unlink(missing_ok=True)
+        _swap(path / "obsm" / key, partial)
+        if was_consolidated:
+            zarr.consolidate_metadata(str(path))
+
+
+def _move_in_known(metadata: Metadata, partial: Path, key: str) -> None:
+    """Move the array into a store whose root says what there is, and say it there."""
+    path, nodes, name = metadata.path, metadata.nodes, f"obsm/{key}"
+    node = json.loads((partial / ROOT).read_text())
+    n_obs = nodes[f"obs/{nodes['obs']['attributes']['_index']}"]["shape"][0]
+    if node["shape"][0] != n_obs:
+        raise StoreError(
+            f"{str(path)!r} has {n_obs:,} cells by now, so that obsm[{key!r}] of {node['shape'][0]:,} is not "
+            "written; open it again"
+        )
+    if "obsm" not in nodes:
+        nodes["obsm"] = {"attributes": _DICT, "zarr_format": 3, "node_type": "group"}
+        metadata.write_nodes()
+    stale = [k for k in nodes if k == name or k.startswith(f"{name}/")]
+    if stale and nodes[name] != node:
+        # Killed after this, it leaves nothing under the key, rather than chunks taken for what they are not.
+        for k in stale:
+            del nodes[k]
+        metadata.write()
+    _swap(path / name, partial)
+    nodes[name] = node
+    metadata.write()
+
+
+def _swap(final: Path, partial: Path) -> None:
+    old = partial.with_suffix(".old")
     _remove(old)
     if final.exists():
         os.rename(final, old)
     os.rename(partial, final)
     _remove(old)
-    if was_consolidated:
-        with warnings.catch_warnings():
-            # zarr warns that other implementations may not know it; AnnData writes it all the same.
-            warnings.simplefilter("ignore", category=UserWarning)
-            zarr.consolidate_metadata(str(path))
-
-
-def _drop_consolidated(path: Path) -> bool:
-    """Remove the copy of all metadata that may stand in the root; says whether there was one."""
-    if (path / ".zmetadata").exists():
-        (path / ".zmetadata").unlink()
-        return True
-    root = path / "zarr.json"
-    if not root.exists():
-        return False
-    metadata = json.loads(root.read_text())
-    if metadata.pop("consolidated_metadata", None) is None:
-        return False
-    beside = path / "zarr.json.partial"
-    beside.write_text(json.dumps(metadata))
-    os.replace(beside, root)
-    return True
 
 
 def _remove(path: Path) -> None:
