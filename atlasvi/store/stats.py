@@ -105,7 +105,7 @@ def statistics(
     batch_key: str | None = None,
     gene_sets: Mapping[str, GeneSet] | None = None,
     num_workers: int | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     client: distributed.Client | None = None,
 ) -> Statistics:
     """The body of `Atlas.statistics`, which says what the arguments are."""
@@ -136,7 +136,7 @@ def _count_here(
     member: NDArray[np.bool_],
     sums: NDArray[np.uint64],
     num_workers: int | None,
-    memory_budget: int | None,
+    memory_budget: int | str | None,
 ) -> Iterator[tuple[CellCounts, NDArray[np.int64]]]:
     """Totals of the cells of each block in order; genes are added to ``sums``."""
     for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
@@ -210,7 +210,7 @@ def filter_cells(
     max_share: Mapping[str, float] | None = None,
     gene_sets: Mapping[str, GeneSet] | None = None,
     num_workers: int | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
 ) -> Atlas:
     """The body of `Atlas.filter`, which says what the arguments are."""
     refuse_no_cells(atlas)

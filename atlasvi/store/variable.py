@@ -46,7 +46,7 @@ def highly_variable_genes(
     flavor: str = "seurat_v3",
     span: float = 0.3,
     num_workers: int | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
 ) -> pd.DataFrame:
     """The body of `Atlas.highly_variable_genes`, which says what the arguments are."""
     _check(n_top_genes, flavor, span)
