@@ -576,6 +576,7 @@ class Atlas:
         span: float = 0.3,
         num_workers: int | None = None,
         memory_budget: int | str | None = None,
+        client: distributed.Client | None = None,
     ) -> pd.DataFrame:
         """The genes that vary most for their mean, as ``scanpy.pp.highly_variable_genes``, in two passes.
 
@@ -589,6 +590,7 @@ class Atlas:
             span: share of the genes that loess fits together.
             num_workers: as for `statistics`.
             memory_budget: as for `statistics`.
+            client: of a Dask cluster whose workers read; see `stream`.
 
         Returns:
             By gene name: ``means``, ``variances``, ``variances_norm``, ``highly_variable_rank``,
@@ -610,7 +612,7 @@ class Atlas:
 
         return highly_variable_genes(
             self, n_top_genes, batch_key=batch_key, flavor=flavor, span=span, num_workers=num_workers,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget, client=client,
         )  # fmt: skip
 
     def filter(
@@ -624,6 +626,7 @@ class Atlas:
         gene_sets: Mapping[str, GeneSet] | None = None,
         num_workers: int | None = None,
         memory_budget: int | str | None = None,
+        client: distributed.Client | None = None,
     ) -> Atlas:
         """A view of the cells that pass all that is asked; one pass over the counts, and no copy of them.
 
@@ -638,6 +641,7 @@ class Atlas:
             gene_sets: which genes the sets have, as for `statistics`; ``"mt"`` needs none.
             num_workers: as for `statistics`.
             memory_budget: as for `statistics`.
+            client: as for `statistics`.
 
         Raises:
             OptionError: nothing to filter by, limits that cannot be, or a gene set that is not known.
@@ -654,6 +658,7 @@ class Atlas:
         return filter_cells(
             self, min_counts=min_counts, max_counts=max_counts, min_genes=min_genes, max_genes=max_genes,
             max_share=max_share, gene_sets=gene_sets, num_workers=num_workers, memory_budget=memory_budget,
+            client=client,
         )  # fmt: skip
 
     def to_anndata(self) -> anndata.AnnData:

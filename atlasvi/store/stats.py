@@ -115,11 +115,7 @@ def statistics(
     sums, moments = gene_sums(1, atlas.n_vars), LogTotals(len(batches))
     totals, n_genes = np.zeros(atlas.n_obs, np.int64), np.zeros(atlas.n_obs, np.int32)
     shares = {name: np.zeros(atlas.n_obs) for name in names}
-    if client is None:
-        parts = _count_here(atlas, member, sums, num_workers, memory_budget)
-    else:
-        parts = _count_on(client, atlas, member, sums, num_workers)
-    for cells, at in parts:
+    for cells, at in _counted(atlas, member, sums, num_workers, memory_budget, client):
         moments.add(cells.totals, codes[at])
         totals[at], n_genes[at] = cells.totals, cells.n_genes
         for s, name in enumerate(names):
@@ -131,24 +127,29 @@ def statistics(
     )  # fmt: skip
 
 
-def _count_here(
+def _counted(
     atlas: Atlas,
     member: NDArray[np.bool_],
-    sums: NDArray[np.uint64],
+    sums: NDArray[np.uint64] | None,
     num_workers: int | None,
     memory_budget: int | str | None,
+    client: distributed.Client | None,
 ) -> Iterator[tuple[CellCounts, NDArray[np.int64]]]:
-    """Totals of the cells of each block in order; genes are added to ``sums``."""
+    """Totals of the cells, block after block in their order; genes are added to ``sums`` if it is given."""
+    if client is not None:
+        yield from _counted_on(client, atlas, member, sums, num_workers)
+        return
     for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
-        add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
+        if sums is not None:
+            add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
         yield count_cells(counts, member), at
 
 
-def _count_on(
+def _counted_on(
     client: distributed.Client,
     atlas: Atlas,
     member: NDArray[np.bool_],
-    sums: NDArray[np.uint64],
+    sums: NDArray[np.uint64] | None,
     num_workers: int | None,
 ) -> Iterator[tuple[CellCounts, NDArray[np.int64]]]:
     """The same on a cluster: workers add up, and no count is sent here."""
@@ -157,11 +158,12 @@ def _count_on(
     # Large, for 32 bytes a gene come back of each; but some for every worker.
     rows = min(_TASK_ROWS, max(_READ_ROWS, -(-atlas.n_obs // (4 * n_workers))))
     ranges = [(start, min(start + rows, atlas.n_obs)) for start in range(0, atlas.n_obs, rows)]
-    calls = ((_blocks(atlas, *cells), member) for cells in ranges)
+    calls = ((_blocks(atlas, *cells), member, sums is not None) for cells in ranges)
     results = cluster.in_order(client, _count_blocks, calls, ahead=2 * n_workers)
     with closing(results):
         for (start, stop), (cells, part) in zip(ranges, results, strict=True):
-            sums[0] = merged(np.stack([sums[0], part]))
+            if sums is not None:
+                sums[0] = merged(np.stack([sums[0], part]))
             yield cells, np.arange(start, stop)
 
 
@@ -171,14 +173,15 @@ def _blocks(atlas: Atlas, start: int, stop: int) -> list[cluster.Block]:
 
 
 def _count_blocks(
-    blocks: list[cluster.Block], member: NDArray[np.bool_]
+    blocks: list[cluster.Block], member: NDArray[np.bool_], genes: bool
 ) -> tuple[CellCounts, NDArray[np.uint64]]:
-    """The task: totals of the cells of some blocks, and ``(n_vars, 4)`` sums of their genes."""
-    sums = gene_sums(1, member.shape[1])
+    """The task: totals of the cells of some blocks, and ``(n_vars, 4)`` sums of their genes, or of none."""
+    sums = gene_sums(1, member.shape[1] if genes else 0)
     parts = []
     for block in blocks:
         counts = block.read()
-        add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
+        if genes:
+            add_genes(counts, np.zeros(counts.n_obs, np.int64), sums)
         parts.append(count_cells(counts, member))
     return CellCounts.concatenate(parts), sums[0]
 
@@ -211,6 +214,7 @@ def filter_cells(
     gene_sets: Mapping[str, GeneSet] | None = None,
     num_workers: int | None = None,
     memory_budget: int | str | None = None,
+    client: distributed.Client | None = None,
 ) -> Atlas:
     """The body of `Atlas.filter`, which says what the arguments are."""
     refuse_no_cells(atlas)
@@ -224,8 +228,7 @@ def filter_cells(
     if not criteria:
         raise OptionError("filter was given nothing to filter by; pass min_counts=, max_share= or the like")
     keep, failed = np.ones(atlas.n_obs, bool), [0] * len(criteria)
-    for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
-        cells = count_cells(counts, member)
+    for cells, at in _counted(atlas, member, None, num_workers, memory_budget, client):
         for c, criterion in enumerate(criteria):
             fails = criterion.fails(cells)
             failed[c] += int(fails.sum())

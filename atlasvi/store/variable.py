@@ -8,6 +8,7 @@ the limit of their gene is all that the clipped sums need.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -31,6 +32,8 @@ from atlasvi.store.stats import (
 )
 
 if TYPE_CHECKING:
+    import distributed
+
     from atlasvi.store.atlas import Atlas
 
 # By what the genes are sorted: (rank in ascending order, number of batches in descending order), or the
@@ -47,6 +50,7 @@ def highly_variable_genes(
     span: float = 0.3,
     num_workers: int | None = None,
     memory_budget: int | str | None = None,
+    client: distributed.Client | None = None,
 ) -> pd.DataFrame:
     """The body of `Atlas.highly_variable_genes`, which says what the arguments are."""
     _check(n_top_genes, flavor, span)
@@ -59,8 +63,10 @@ def highly_variable_genes(
             f"batch {batches[int(n.argmin())]!r} of {atlas.name} has {n.min()} cell, where nothing varies; "
             "leave batches of one cell out"
         )
+    # On a cluster too counts are added up here: sums of every batch would be more to send than the counts.
+    read = partial(atlas.iter_blocks, num_workers=num_workers, memory_budget=memory_budget, client=client)
     sums = gene_sums(len(batches), atlas.n_vars)
-    for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
+    for counts, at in read():
         add_genes(counts, codes[at], sums)
     mean, std = np.empty(sums.shape[:2]), np.empty(sums.shape[:2])
     for b, level in enumerate(batches):
@@ -68,7 +74,7 @@ def highly_variable_genes(
         std[b] = _fitted_std(loess, mean[b], variance, span, f"batch {level!r} of {atlas.name}")
     limit = std * np.sqrt(n)[:, None] + mean
     above = gene_sums(len(batches), atlas.n_vars)
-    for counts, at in atlas.iter_blocks(num_workers=num_workers, memory_budget=memory_budget):
+    for counts, at in read():
         indptr, indices, data = counts.numpy()
         _add_above(indptr, indices, data, codes[at], limit, above)
     normed = np.stack([

@@ -42,7 +42,7 @@ class Cut(Atlas):
         super().__init__(source)
         self.sizes = sizes
 
-    def iter_blocks(self, positions=None, columns=None, *, num_workers=None, memory_budget=None):
+    def iter_blocks(self, positions=None, columns=None, *, num_workers=None, memory_budget=None, client=None):
         start, k = 0, 0
         while start < self.n_obs:
             stop = min(start + self.sizes[k % len(self.sizes)], self.n_obs)

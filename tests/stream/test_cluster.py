@@ -11,6 +11,7 @@ import time
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
@@ -168,6 +169,17 @@ def test_statistics_are_the_same_to_the_last_bit(client, places, place, monkeypa
         np.testing.assert_array_equal(one, two, err_msg=name)
     np.testing.assert_array_equal(here.shares["ones"], there.shares["ones"])
     assert (here.library, here.batch_cells) == (there.library, there.batch_cells)
+
+
+def test_filters_and_variable_genes_are_the_same(client, places):
+    atlas = places["joined"]
+    asked = {"min_counts": 20, "min_genes": 8, "max_share": {"ones": 0.6}, "gene_sets": {"ones": "g1"}}
+    here, there = atlas.filter(**asked), atlas.filter(**asked, client=client)
+    assert 0 < here.n_obs < atlas.n_obs
+    np.testing.assert_array_equal(here.row_numbers, there.row_numbers)
+    asked = {"n_top_genes": 5, "batch_key": "batch", "span": 1.0}
+    here, there = (places["store"].highly_variable_genes(**asked, client=who) for who in (None, client))
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
 
 
 def contents(path):
