@@ -5,7 +5,7 @@ atlas are read here, a run of chunks in one request; the rest, and stores of oth
 codec pipeline, which within a shard asks for one chunk after the other. The zarrs pipeline, the faster one on
 a disk, reads through obstore too, but asks twice for each chunk. Measured with a server on the same machine,
 20,000 cells of 1,900 non-zeros in blocks of 512, two threads: where an answer takes 20 ms, 17,900 cells a
-second here, 1,500 with zarr's pipeline and 650 with zarrs'; where it comes at once 112,000, 21,000 and 40,000.
+second here, 1,500 with zarr's pipeline, 650 with zarrs'; where it comes at once 112,000, 21,000 and 40,000.
 """
 
 from __future__ import annotations

@@ -74,15 +74,15 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         url = urlsplit(self.path)
-        path = url.path.removeprefix("/bucket")
+        path = url.path.removeprefix("/bucket") or "/"
         self.server.asked[path] += 1
         self.server.ranges.append((path, self.headers.get("Range")))
         file = Path(f"{self.server.folder}{path}")
-        if "list-type" in url.query:
-            self.answer(200, self.server.listing(**{k: v[0] for k, v in parse_qs(url.query).items()}))
-        elif self.server.failing[path] > 0:
+        if self.server.failing[path] > 0:
             self.server.failing[path] -= 1
             self.answer(self.server.status, b"go away")
+        elif "list-type" in url.query:
+            self.answer(200, self.server.listing(parse_qs(url.query)["prefix"][0]))
         elif not file.is_file():
             self.answer(404, b"")
         else:
@@ -124,7 +124,7 @@ class Server(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def listing(self, prefix="", **_):
+    def listing(self, prefix):
         parent = Path(f"{self.folder}/{prefix}")
         names = sorted(parent.iterdir()) if parent.is_dir() else []
         keys = "".join(
@@ -274,17 +274,33 @@ def test_http_is_never_asked_for_a_list(server):
     assert "X_pca" in open_source(f"{server.url}/other.zarr").extras().obsm
 
 
-def test_a_layer_is_found_where_nothing_lists_it(folder, tmp_path):
+@pytest.fixture
+def bare(server, folder, tmp_path):
+    """The server, which now has but a store without consolidated metadata."""
     write_zarr(anndata.read_zarr(folder / "other.zarr"), tmp_path / "bare.zarr")
     path = tmp_path / "bare.zarr" / "zarr.json"
     metadata = json.loads(path.read_text())
     del metadata["consolidated_metadata"]
     path.write_text(json.dumps(metadata))
-    with serving(tmp_path) as server:
-        source = open_source(f"{server.url}/bare.zarr", "double")
-        assert source.read_rows(0, 300).to_scipy().sum() == 2 * make_adata().X.sum()
-        (left_out,) = source.extras().left_out
-        assert "does not list" in left_out
+    server.folder = tmp_path
+    return server
+
+
+def test_a_layer_is_found_where_nothing_lists_it(bare):
+    source = open_source(f"{bare.url}/bare.zarr", "double")
+    assert source.read_rows(0, 300).to_scipy().sum() == 2 * make_adata().X.sum()
+    extras = source.extras()
+    assert extras.obsm == {} and extras.uns is None
+    assert any("obsm, uns and the rest, as the server does not list" in part for part in extras.left_out)
+
+
+def test_a_bucket_is_listed_and_a_list_that_fails_is_asked_for_again(bare, bucket):
+    bare.failing["/"] = 2
+    source = open_source(f"{bucket}/bare.zarr")
+    assert bare.failing["/"] == 0
+    extras = source.extras()
+    assert list(extras.obsm) == ["X_pca"] and extras.left_out == () and "double" in extras.elsewhere
+    np.testing.assert_array_equal(extras.obsm["X_pca"][3:5], [[6, 7], [8, 9]])
 
 
 def test_the_entries_of_a_shard_take_one_request(server):
