@@ -384,6 +384,6 @@ def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fil
     return with_zarrs(
         lambda: group.create_array(
             key, shape=(layout.nnz,), dtype=dtype, chunks=(layout.chunk,), shards=(layout.shard,),
-            compressors=codecs(), fill_value=fill,
+            compressors=codecs(bits=key == "data"), fill_value=fill,
         )
     )  # fmt: skip

