@@ -42,15 +42,16 @@ def options(
 @app.command()
 def ingest(
     inputs: Annotated[
-        list[Path], typer.Argument(help=".h5ad, AnnData .zarr, 10x .h5, or a Matrix Market folder.")
+        list[str],
+        typer.Argument(help=".h5ad, AnnData .zarr or its URL, 10x .h5, or a Matrix Market folder."),
     ],
     out: Out,
     layer: Annotated[
         str | None, typer.Option(help="Where the counts are: a layer, or 'raw'; default X.")
     ] = None,
     join: Annotated[
-        Join, typer.Option(help="Genes to keep from several inputs: 'inner' or 'outer'.")
-    ] = "inner",
+        Join | None, typer.Option(help="Genes to keep from several inputs: 'inner' (default) or 'outer'.")
+    ] = None,
     var_key: Annotated[
         str | None, typer.Option(help="Column of var to join genes by; default their names.")
     ] = None,
@@ -61,6 +62,12 @@ def ingest(
         bool, typer.Option("--make-unique", help="Rename duplicate genes and cells.")
     ] = False,
     overwrite: Overwrite = False,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append", help="Add the cells to the atlas that is there; who reads it is not disturbed."
+        ),
+    ] = False,
 ) -> None:
     """Make an atlas: one AnnData Zarr store from one or many files, in bounded memory.
 
@@ -72,8 +79,11 @@ def ingest(
     with stage_bars("cells") as step:
         report = run(
             [str(path) for path in inputs], out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
-            seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, progress=step,
+            seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, append=append,
+            progress=step,
         )  # fmt: skip
+    if append:
+        typer.echo(f"{report.n_obs - report.n_before:,} cells added to {report.n_before:,}")
     typer.echo(f"{report.n_obs:,} cells x {report.n_vars:,} genes, {report.nnz:,} non-zeros -> {out}")
     for left in report.left_out:
         typer.echo(f"left out: {left}")
@@ -81,7 +91,9 @@ def ingest(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="An atlas or a model folder.")],
+    place: Annotated[
+        str, typer.Argument(metavar="PATH", help="An atlas, its URL, or a model folder.")
+    ],
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the counts of an atlas too, and sum them up.")
     ] = False,
@@ -105,6 +117,7 @@ def info(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
+    path = Path(place)
     if (path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_dir():
         if stats:
             raise OptionError(f"--stats sums up counts, and {str(path)!r} is a model; leave it out")
@@ -127,7 +140,7 @@ def info(
 
     from atlasvi.store.atlas import open as open_atlas
 
-    with open_atlas(path) as atlas:
+    with open_atlas(place) as atlas:
         table.add_row("cells", f"{atlas.n_obs:,}")
         table.add_row("genes", f"{atlas.n_vars:,}")
         size = (
@@ -187,7 +200,7 @@ def _spread(values: Any) -> str:
 
 @app.command()
 def train(
-    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
     out: Out,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with labels.")] = None,
@@ -266,7 +279,7 @@ def train(
 @app.command()
 def latent(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
-    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default ATLAS."),
@@ -290,7 +303,7 @@ def latent(
 @app.command()
 def decode(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
-    atlas: Annotated[Path, typer.Argument(help="An atlas.")],
+    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
     out: Out,
     genes: Annotated[
         list[str] | None, typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")
@@ -316,7 +329,7 @@ def decode(
         library: float | str = library_size if library_size == "latent" else float(library_size)
     except ValueError:
         raise OptionError(f"--library-size {library_size!r} is neither a number nor 'latent'") from None
-    if out.resolve() in (atlas.resolve(), model.resolve()):
+    if out.resolve() in (Path(atlas).resolve(), model.resolve()):
         raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
     trained = SCVI.load(model, atlas)
     rho = trained.expression(

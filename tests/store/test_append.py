@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import anndata
 import numpy as np
@@ -16,6 +17,7 @@ import scipy.sparse as sp
 import zarr
 
 import atlasvi
+from atlasvi import cli
 from atlasvi.errors import (
     CellsError,
     CorruptError,
@@ -631,3 +633,24 @@ def test_damage_is_not_given_a_new_checksum(tmp_path, small):
     last.unlink()
     with pytest.raises(CorruptError, match="X/data, shard"):
         atlasvi.ingest({"b": slim("b")}, path, append=True)
+
+
+def test_the_command_appends_and_names_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    slim("a").write_h5ad(tmp_path / "a.h5ad")
+    slim("b", 30, 1).write_h5ad(tmp_path / "b.h5ad")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atlasvi", "ingest", *arguments, "-o", "atlas.zarr"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, capsys.readouterr()
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert run("a.h5ad")[0] == 0
+    code, said = run("b.h5ad", "--append")
+    assert code == 0 and said.out.splitlines()[0] == "30 cells added to 40"
+    assert "70 cells x 30 genes" in said.out
+    code, said = run("b.h5ad", "--append")
+    assert code == 1 and len(said.err.splitlines()) == 1 and "cell 'b0' is in" in said.err
+    assert anndata.read_zarr("atlas.zarr").n_obs == 70
