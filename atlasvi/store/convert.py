@@ -184,6 +184,8 @@ class Conversion:
             return task.result()  # type: ignore[no-any-return]
         finally:
             self._asked.discard(task)
+            # An error holds its task by the frames it came through.
+            task.release()
 
     def _give_up(self) -> None:
         """Else threads would wait for a cluster that may have no worker."""

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import anndata
@@ -16,11 +17,12 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from atlasvi.errors import CorruptError, OptionError, StoreError
+from atlasvi.errors import CorruptError, CountsError, OptionError, StoreError
 from atlasvi.store import atlas as atlas_module
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.cluster import Piece, Place, check_places, count_readers, in_order, locate
 from atlasvi.store.ingest import ingest
+from atlasvi.store.tasks import run_tasks
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import count_workers, read_units_on
 
@@ -50,15 +52,15 @@ def client():
         yield connected
 
 
-def write_store(path, seed=0, n_obs=N_OBS, genes=N_VARS):
+def write_store(path, seed=0, n_obs=N_OBS, genes=N_VARS, append=False):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.gamma(0.5, 2.0, (n_obs, genes))).astype(np.float32)
     counts[:, 0] += 1
     adata = anndata.AnnData(sp.csr_matrix(counts))
     adata.obs_names = [f"{seed}-{i}" for i in range(n_obs)]
     adata.obs["batch"] = np.where(np.arange(n_obs) % 3, "b0", "b1")
-    adata.var_names = [f"g{g}" for g in rng.permutation(genes)]
-    ingest(adata, path, overwrite=True)
+    adata.var_names = [f"g{g}" for g in np.random.default_rng(genes).permutation(genes)]
+    ingest(adata, path, overwrite=not append, append=append)
     return counts
 
 
@@ -220,6 +222,29 @@ def test_a_corrupt_shard_is_named_by_the_worker_that_read_it(client, tmp_path):
     assert wait_for_no_tasks(client) == 0
 
 
+def test_what_is_no_count_is_named_by_the_worker_that_saw_it(client, tmp_path):
+    counts = np.eye(40, dtype=np.float32)
+    counts[17, 5] = 0.5
+    anndata.AnnData(sp.csr_matrix(counts)).write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(CountsError, match=r"a\.h5ad' X has 0\.5 at cell '17', gene '5'"):
+        ingest(tmp_path / "a.h5ad", tmp_path / "a.zarr", client=client)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+    assert wait_for_no_tasks(client) == 0
+
+
+def test_tasks_under_way_are_given_up_where_one_fails():
+    given_up = threading.Event()
+
+    def work(k):
+        if k == 0:
+            raise ValueError("the first is broken")
+        assert given_up.wait(30)
+
+    with pytest.raises(ValueError, match="the first is broken"):
+        run_tasks(work, [0, 1], [1, 1], label="work", workers=2, progress=None, give_up=given_up.set)
+    assert given_up.is_set()
+
+
 @pytest.mark.parametrize("how", ("break", "raise", "interrupt", "statistics"))
 def test_the_cluster_forgets_what_a_consumer_left(client, places, how, monkeypatch):
     error = {"raise": RuntimeError, "interrupt": KeyboardInterrupt, "statistics": RuntimeError}.get(how)
@@ -296,6 +321,17 @@ def test_a_store_that_was_replaced_is_opened_again(tmp_path):
         with atlas_module.open(path) as atlas:
             block = pickle.loads(pickle.dumps(locate(atlas, np.arange(50))))
         np.testing.assert_array_equal(block.read().to_dense().numpy(), counts)
+
+
+def test_a_store_that_has_grown_is_opened_again(tmp_path):
+    path = tmp_path / "a.zarr"
+    counts = [write_store(path, 0, n_obs=50)]
+    for seed in (0, 1):
+        if seed:
+            counts.append(write_store(path, seed, n_obs=30, append=True))
+        with atlas_module.open(path) as atlas:
+            block = locate(atlas, np.arange(atlas.n_obs))
+        np.testing.assert_array_equal(block.read().to_dense().numpy(), np.vstack(counts))
 
 
 def test_a_store_that_the_worker_does_not_see_is_named(places, tmp_path):
