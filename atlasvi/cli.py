@@ -78,7 +78,7 @@ def ingest(
 
     with stage_bars("cells") as step:
         report = run(
-            [str(path) for path in inputs], out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
+            inputs, out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
             seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, append=append,
             progress=step,
         )  # fmt: skip
@@ -91,9 +91,7 @@ def ingest(
 
 @app.command()
 def info(
-    place: Annotated[
-        str, typer.Argument(metavar="PATH", help="An atlas, its URL, or a model folder.")
-    ],
+    place: Annotated[str, typer.Argument(metavar="PATH", help="An atlas, its URL, or a model folder.")],
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the counts of an atlas too, and sum them up.")
     ] = False,
@@ -143,12 +141,10 @@ def info(
     with open_atlas(place) as atlas:
         table.add_row("cells", f"{atlas.n_obs:,}")
         table.add_row("genes", f"{atlas.n_vars:,}")
-        size = (
-            sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-            if path.is_dir()
-            else path.stat().st_size
-        )
-        table.add_row("on disk", f"{size / 2**20:,.1f} MiB")
+        if atlas.path is not None:
+            files = path.rglob("*") if path.is_dir() else [path]
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            table.add_row("on disk", f"{size / 2**20:,.1f} MiB")
         table.add_row("decoded", f"{atlas.bytes_per_row * atlas.n_obs / 2**20:,.1f} MiB")
         for key in atlas.obs_keys:
             column = atlas.obs_column(key)

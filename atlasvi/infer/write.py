@@ -58,7 +58,12 @@ def write_latent(
             advance(done, "")
 
     path = out or atlas.path
-    if path is None or not path.exists():
+    if path is None:
+        raise OptionError(
+            f"obsm[{key!r}] cannot be written to {atlas.name!r}, which is not on this disk; name an .h5ad or "
+            "a store that has the same cells, with --out"
+        )
+    if not path.exists():
         raise OptionError(f"there is no {str(path)!r} to write obsm[{key!r}] into; name an atlas or an .h5ad")
     if out is not None:
         with open_atlas(path) as target:

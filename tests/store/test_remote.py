@@ -24,6 +24,7 @@ import scipy.sparse as sp
 import zarr
 
 from atlasvi import SCVI
+from atlasvi.cli import main
 from atlasvi.errors import CorruptError, NotAnAtlasError, OptionError, StoreError
 from atlasvi.store import layout, remote
 from atlasvi.store.atlas import as_atlas
@@ -454,6 +455,30 @@ def test_a_shard_that_is_replaced_meanwhile_is_read_as_it_then_is(folder, tmp_pa
 
 
 # --- what cannot be
+
+
+def test_commands_take_urls(folder, server, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, words)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    url, model = f"{server.url}/own.zarr", tmp_path / "model"
+    code, out, _ = run("info", url)
+    assert code == 0 and "300" in out and "batch" in out and "on disk" not in out
+    assert run("train", url, "-o", model, "--max-epochs", 1, "--n-hidden", 8, "--n-latent", 3)[0] == 0
+    code, _, said = run("latent", model, url)
+    assert code == 1 and f"obsm['X_scVI'] cannot be written to '{url}', which is not on this disk" in said
+    write_zarr(make_adata(), tmp_path / "copy.zarr")
+    assert run("latent", model, url, "-o", tmp_path / "copy.zarr")[0] == 0
+    assert run("decode", model, url, "-o", tmp_path / "rho.zarr", "-g", "gene-3")[0] == 0
+    assert anndata.read_zarr(tmp_path / "rho.zarr").shape == (300, 1)
+    assert run("ingest", url, "-o", tmp_path / "ingested.zarr")[0] == 0
+    with open_atlas(tmp_path / "ingested.zarr") as copy, open_atlas(folder / "own.zarr") as near:
+        same(copy.read_rows(slice(None)), near.read_rows(slice(None)))
 
 
 def test_nothing_is_written_to_a_url(server):
