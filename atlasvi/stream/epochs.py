@@ -120,6 +120,11 @@ class Epochs:
         """Number of cells to visit."""
         return self._atlas.n_obs if self._at is None else len(self._at)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether all counts are in memory by now."""
+        return self._atlas.in_memory or (self._kept is not None and self._kept.is_complete)
+
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch, in positions among the cells to visit."""
         return plan_epoch(
@@ -162,7 +167,7 @@ class Epochs:
         units = plan.schedule(lanes, start)
         if self._client is None:
             # What is in memory is had at once: no thread is worth its while.
-            workers = 0 if self._kept is not None and self._kept.is_complete else self._workers
+            workers = 0 if self._kept is not None and self.is_kept else self._workers
             read = read_units(self._read, units, num_workers=workers, ahead=self._ahead)
         else:
             read = read_units_on(self._client, self._atlas, self._at, units, ahead=self._ahead)

@@ -194,7 +194,7 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
     ready = run(n, folder, setting)
     give_back()
     if setting.limit:
-        _limit(setting.limit)
+        hard_limit(setting.limit * _MIB)
     try:
         with Watch(interval=0.002) as watch:
             for _ in range(1 if stage == "train" else setting.times(n)):
@@ -213,8 +213,8 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
     print(json.dumps({**found, **levels, "seconds": round(watch.seconds, 2)}))
 
 
-def _limit(mib: int) -> None:
-    """Allow so much private writable memory more than there is now.
+def hard_limit(n_bytes: int) -> None:
+    """Allow so many bytes of private writable memory more than there are now.
 
     RLIMIT_AS would count files mapped for reading and what torch reserves and never touches, gigabytes that
     differ from machine to machine. RLIMIT_DATA counts private writable pages alone: the heap, anonymous
@@ -222,7 +222,7 @@ def _limit(mib: int) -> None:
     """
     found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
-    most = (int(found[1]) << 10) + mib * _MIB
+    most = (int(found[1]) << 10) + n_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
