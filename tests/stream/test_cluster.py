@@ -363,14 +363,24 @@ def test_a_store_behind_a_url_is_sent_by_its_url(places):
 # --- what is refused --------------------------------------------------------------------------------
 
 
-def test_an_atlas_in_memory_is_refused(places):
-    memory = Atlas.from_anndata(anndata.AnnData(sp.eye(4, 24, format="csr", dtype=np.float32)))
-    memory_part = atlas_module.open({"a": memory, "b": Atlas.from_anndata(anndata.AnnData(np.eye(4, 24)))},
-                                    make_unique=True)  # fmt: skip
-    for atlas in (memory, memory_part):
-        for ask in (check_places, pickle.dumps):
-            with pytest.raises(OptionError, match=r"'AnnData' X is in the memory .*atlasvi\.ingest\("):
+def test_counts_in_memory_are_refused(client, tmp_path):
+    adata = anndata.AnnData(sp.eye(4, 24, format="csr", dtype=np.float32))
+    memory = Atlas.from_anndata(adata)
+    joined = atlas_module.open({"a": memory, "b": Atlas.from_anndata(adata)}, make_unique=True)
+    told = r"'AnnData' X is in the memory of this process.*atlasvi\.ingest\("
+    for atlas in (memory, joined):
+        for ask in (
+            check_places,
+            pickle.dumps,
+            lambda atlas: atlas.stream(client=client),
+            lambda atlas: atlas.iter_blocks(client=client),
+            lambda atlas: atlas.statistics(client=client),
+        ):
+            with pytest.raises(OptionError, match=told):
                 ask(atlas)
+    with pytest.raises(OptionError, match=told):
+        ingest(adata, tmp_path / "a.zarr", client=client)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_client_is_refused(client):
