@@ -27,6 +27,10 @@ app = typer.Typer(
 
 Join = Literal["inner", "outer"]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
+Atlases = Annotated[
+    list[str],
+    typer.Argument(metavar="ATLAS...", help="An atlas, or its URL; several are taken as one."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Seed = Annotated[int, typer.Option(help="Seed: the same one gives the same result.")]
 
@@ -91,7 +95,12 @@ def ingest(
 
 @app.command()
 def info(
-    place: Annotated[str, typer.Argument(metavar="PATH", help="An atlas, its URL, or a model folder.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...", help="An atlas, its URL, or a model folder; several atlases are taken as one."
+        ),
+    ],
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the counts of an atlas too, and sum them up.")
     ] = False,
@@ -115,8 +124,8 @@ def info(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
-    path = Path(place)
-    if (path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_dir():
+    path = Path(places[0])
+    if len(places) == 1 and ((path / DESCRIPTION).is_file() or (path / CHECKPOINT).is_dir()):
         if stats:
             raise OptionError(f"--stats sums up counts, and {str(path)!r} is a model; leave it out")
         description = read_description(path)
@@ -136,13 +145,12 @@ def info(
 
     import pandas as pd
 
-    from atlasvi.store.atlas import open as open_atlas
-
-    with open_atlas(place) as atlas:
+    with _open(places) as atlas:
         table.add_row("cells", f"{atlas.n_obs:,}")
         table.add_row("genes", f"{atlas.n_vars:,}")
-        if atlas.path is not None:
-            files = path.rglob("*") if path.is_dir() else [path]
+        stores = [Path(place) for place in places if Path(place).exists()]
+        if len(stores) == len(places):
+            files = (file for store in stores for file in (store, *store.rglob("*")))
             size = sum(file.stat().st_size for file in files if file.is_file())
             table.add_row("on disk", f"{size / 2**20:,.1f} MiB")
         table.add_row("decoded", f"{atlas.bytes_per_row * atlas.n_obs / 2**20:,.1f} MiB")
@@ -196,7 +204,7 @@ def _spread(values: Any) -> str:
 
 @app.command()
 def train(
-    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
+    atlases: Atlases,
     out: Out,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with labels.")] = None,
@@ -244,13 +252,12 @@ def train(
     from atlasvi.errors import ModelError
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
     from atlasvi.models.scvi import SCVI
-    from atlasvi.store.atlas import open as open_atlas
     from atlasvi.train.history import CsvLog
 
     check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
-    data = open_atlas(path=atlas, layer=layer)
+    data = _open(atlases, layer)
     SCVI.setup_anndata(
         data, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
         categorical_covariate_keys=categorical_covariate, continuous_covariate_keys=continuous_covariate,
@@ -275,10 +282,10 @@ def train(
 @app.command()
 def latent(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
-    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
+    atlases: Atlases,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default ATLAS."),
+        typer.Option("-o", "--out", help="An .h5ad of the same cells to write into; default each ATLAS."),
     ] = None,
     key: Annotated[str, typer.Option(help="Key of obsm.")] = "X_scVI",
 ) -> None:
@@ -290,10 +297,11 @@ def latent(
     from atlasvi.models.scvi import SCVI
     from atlasvi.progress import bar
 
-    trained = SCVI.load(model, atlas)
+    trained = SCVI.load(model, _open(atlases))
     with bar("latent", trained.atlas.n_obs, "cells") as advance:
         write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
-    typer.echo(f"obsm[{key!r}]: {trained.atlas.n_obs:,} cells x {trained.config.n_latent} -> {out or atlas}")
+    where = out or ", ".join(atlases)
+    typer.echo(f"obsm[{key!r}]: {trained.atlas.n_obs:,} cells x {trained.config.n_latent} -> {where}")
 
 
 @app.command()
@@ -353,6 +361,13 @@ def demo(
 
     report = run(out, n_obs=cells, n_vars=genes, max_epochs=epochs, seed=seed)
     typer.echo(f"report: {report}")
+
+
+def _open(places: list[str], layer: str | None = None) -> Atlas:
+    """One atlas, or several as one."""
+    from atlasvi.store.atlas import open as open_atlas
+
+    return open_atlas(places[0] if len(places) == 1 else places, layer=layer)
 
 
 def _names(levels: list[Any], at_most: int = 8) -> str:

@@ -35,7 +35,7 @@ def write_latent(
     key: str,
     advance: Advance,
 ) -> None:
-    """Write latents into ``obsm[key]`` of the atlas, or of an h5ad of the same cells.
+    """Write latents into ``obsm[key]`` of the atlas (of each, if it is several), or of an h5ad of its cells.
 
     Args:
         blocks: ``(rows, n_latent)`` each, in the order of the cells.
@@ -57,19 +57,19 @@ def write_latent(
             done += len(block)
             advance(done, "")
 
-    path = out or atlas.path
-    if path is None:
+    if out is None and (atlas.path is not None or atlas.is_several):
+        atlas.write_obsm(key, counted(), n_latent)
+        return
+    if out is None:
         raise OptionError(
             f"obsm[{key!r}] cannot be written to {atlas.name!r}, which is not on this disk; name an .h5ad or "
             "a store that has the same cells, with --out"
         )
-    if not path.exists():
-        raise OptionError(f"there is no {str(path)!r} to write obsm[{key!r}] into; name an atlas or an .h5ad")
-    if out is not None:
-        with open_atlas(path) as target:
-            _check_cells(target, atlas)
-    target = atlas if out is None else open_atlas(path)
-    target.write_obsm(key, counted(), n_latent)
+    if not out.exists():
+        raise OptionError(f"there is no {str(out)!r} to write obsm[{key!r}] into; name an atlas or an .h5ad")
+    with open_atlas(out) as target:
+        _check_cells(target, atlas)
+    open_atlas(out).write_obsm(key, counted(), n_latent)
 
 
 def _check_cells(target: Atlas, atlas: Atlas) -> None:

@@ -228,6 +228,11 @@ class Atlas:
         """``(n_obs, n_vars)``."""
         return self.n_obs, self.n_vars
 
+    @property
+    def is_several(self) -> bool:
+        """Whether these are several stores opened as one, or a view of that."""
+        return isinstance(self._source, JoinedSource)
+
     def __len__(self) -> int:
         return self.n_obs
 
@@ -284,6 +289,24 @@ class Atlas:
     def var_column(self, key: str) -> pd.Categorical | NDArray[Any]:
         """One column of var, ``(n_vars,)``."""
         return _take(self._source.var_column(key), self._columns)
+
+    @property
+    def obsm_keys(self) -> list[str]:
+        """Names of the arrays in obsm; of several stores as one, of those that all have in one width."""
+        return list(self._source.extras().obsm)
+
+    def read_obsm(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows ``start`` to ``stop`` of an array in obsm, ``(stop - start, width)``.
+
+        Raises:
+            KeyError: there is no such array.
+        """
+        array = self._source.extras().obsm[key]
+        if self._rows is None:
+            return np.asarray(array[start:stop])
+        rows = self._rows[start:stop]
+        first, last = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        return np.asarray(array[first:last])[rows - first]
 
     @property
     def obs(self) -> pd.DataFrame:
@@ -677,8 +700,8 @@ class Atlas:
 
         counts = self.read_rows(slice(None)).to_scipy()
         adata = anndata.AnnData(counts.astype(np.float32), obs=self.obs, var=self.var)
-        for key, array in self._source.extras().obsm.items():
-            adata.obsm[key] = _take(np.asarray(array[:]), self._rows)
+        for key in self.obsm_keys:
+            adata.obsm[key] = self.read_obsm(key, 0, self.n_obs)
         return adata
 
     # --- writing --------------------------------------------------------------------------------
@@ -687,7 +710,8 @@ class Atlas:
         """Write a float32 array into ``obsm[key]`` of the store (or h5ad) on disk, block by block.
 
         It is written beside and moved in when whole, so that a run that was killed leaves what was
-        there before, or nothing. ``anndata`` reads it as it is.
+        there before, or nothing. ``anndata`` reads it as it is. Of several stores opened as one, each gets
+        the rows of its cells, and none is touched before all are written.
 
         Args:
             key: such as ``"X_scVI"``; what stands there is replaced.
@@ -700,24 +724,22 @@ class Atlas:
             SpaceError: the disk is full.
             StoreError: it cannot be written there.
         """
-        if isinstance(self._source, JoinedSource):
-            raise OptionError(
-                f"obsm[{key!r}] cannot be written to {self.name!r}, which is several stores as one; write it "
-                "to each: atlasvi.open(path).write_obsm(...), or make one of them: atlasvi.ingest([...], out)"
-            )
         if is_url(self.name):
             raise OptionError(
                 f"obsm[{key!r}] cannot be written to {self.name!r}: what a URL names is only read; write it "
                 "to a store or an .h5ad on disk that has these cells"
             )
-        if self._path is None or not self.is_whole:
+        parts = self._source.parts if isinstance(self._source, JoinedSource) else []
+        whole = [atlas for atlas, _, _ in parts] or [self]
+        stores = [(atlas.path, atlas.n_obs) for atlas in whole if atlas.path is not None and atlas.is_whole]
+        if len({path.resolve() for path, _ in stores}) < len(whole) or not self.is_whole:
             raise OptionError(
-                f"obsm[{key!r}] can be written to a whole store on disk, not to {self!r}; "
-                "open the store with atlasvi.open(path)"
+                f"obsm[{key!r}] can be written to a whole store on disk, or to several as one, not to "
+                f"{self!r}; open the store with atlasvi.open(path)"
             )
         if not key or "/" in key or "\\" in key or key.startswith("."):
             raise OptionError(f"obsm key {key!r} cannot be the name of a folder; take one such as 'X_scVI'")
-        write_obsm(self._path, key, blocks, (self.n_obs, width))
+        write_obsm(stores, key, blocks, width)
 
 
 def _open_again(

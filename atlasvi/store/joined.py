@@ -13,7 +13,7 @@ from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import ObsError
-from atlasvi.store.base import STRING, Source
+from atlasvi.store.base import STRING, Extras, Source
 from atlasvi.store.cells import Cells
 from atlasvi.store.genes import Join, join_genes
 from atlasvi.store.merge import merge
@@ -160,6 +160,15 @@ class JoinedSource(Source):
         """One column of the first part's var; missing for genes that it lacks."""
         return self._genes.of_first(self._sources[0].var_column(key))
 
+    def extras(self) -> Extras:
+        """The arrays of obsm that all parts have in one width."""
+        keys = self._atlases[0].obsm_keys
+        found = {key: _Stacked(key, self._atlases, self._cells) for key in keys if self._all_have(key)}
+        return Extras(obsm={key: stacked for key, stacked in found.items() if stacked.shape is not None})
+
+    def _all_have(self, key: str) -> bool:
+        return all(key in atlas.obsm_keys for atlas in self._atlases)
+
     def read_rows(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``, which may be of several parts."""
         if start >= stop:
@@ -176,6 +185,27 @@ class JoinedSource(Source):
         """Close the parts that were opened for this."""
         for part in self._owned:
             part.close()
+
+
+class _Stacked:
+    """An array of obsm through all parts; ``shape`` is ``None`` where they differ in width."""
+
+    def __init__(self, key: str, parts: list[Atlas], cells: Cells) -> None:
+        self._key, self._parts, self._cells = key, parts, cells
+        none = [part.read_obsm(key, 0, 0) for part in parts]
+        self.dtype = np.result_type(*none)
+        widths = {array.shape[1:] for array in none}
+        self.shape = (cells.n_obs, *widths.pop()) if len(widths) == 1 else None
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        assert self.shape is not None
+        start, stop, _ = rows.indices(self.shape[0])
+        out: NDArray[Any] = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        at = 0
+        for i, first, last in self._cells.ranges(start, stop):
+            out[at : at + last - first] = self._parts[i].read_obsm(self._key, first, last)
+            at += last - first
+        return out
 
 
 class _Part(Source):

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,17 @@ _ENCODING: dict[str, Any] = {"encoding-type": "array", "encoding-version": "0.2.
 _DICT: dict[str, Any] = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 
 
-def write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
-    """Write blocks as ``obsm[key]`` of an AnnData on disk.
+def write_obsm(stores: Sequence[tuple[Path, int]], key: str, blocks: Iterable[Any], width: int) -> None:
+    """Write blocks as ``obsm[key]`` of an AnnData on disk, or of several whose cells follow each other.
 
     The array of a Zarr store is written beside the store and moved in; of an ``.h5ad``, which cannot be
-    changed safely in place, a copy is written and takes its place.
+    changed safely in place, a copy is written and takes its place. Nothing is moved before all are whole.
 
     Args:
-        path: a Zarr store or an ``.h5ad``.
+        stores: paths of Zarr stores or ``.h5ad``, each with its number of cells.
         key: what stands there is replaced.
         blocks: ``(rows, width)`` arrays or tensors in the order of the cells.
-        shape: ``(n_obs, width)``.
+        width: number of columns.
 
     Raises:
         OptionError: blocks that do not fit.
@@ -40,12 +41,21 @@ def write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, in
         StoreError: it cannot be written there.
     """
     # Beside and not inside: AnnData would take an unknown member of the store for part of it.
-    partial = path.parent / f".{path.name}.obsm-{key}.partial"
-    _remove(partial)
+    partials = [path.parent / f".{path.name}.obsm-{key}.partial" for path, _ in stores]
     # What the blocks raise while they are made is theirs, not a failure to write.
     ours = _Ours(blocks)
+    path = stores[0][0]
     try:
-        (_into_zarr if path.is_dir() else _into_hdf5)(path, partial, key, ours, shape)
+        parts = _cut(ours, [n for _, n in stores])
+        for (path, n), partial, part in zip(stores, partials, parts, strict=True):
+            _remove(partial)
+            (_into_zarr if path.is_dir() else _into_hdf5)(path, partial, key, part, (n, width))
+        for (path, _), partial in zip(stores, partials, strict=True):
+            if path.is_dir():
+                _move_in(path, partial, key)
+            else:
+                # A reader that has the old file open keeps it until it lets go.
+                os.replace(partial, path)
     except OSError as error:
         if ours.raised is error or isinstance(error, StoreError):
             raise
@@ -57,7 +67,29 @@ def write_obsm(path: Path, key: str, blocks: Iterable[Any], shape: tuple[int, in
             f"obsm[{key!r}] of {str(path)!r} cannot be written ({error}); check that you may write there"
         ) from error
     finally:
-        _remove(partial)
+        for partial in partials:
+            _remove(partial)
+
+
+def _cut(blocks: Iterable[Any], lengths: list[int]) -> Iterator[Iterable[Any]]:
+    """The blocks of each store, one store after the other; the last has all that remain."""
+    if len(lengths) == 1:
+        yield blocks
+        return
+    remaining = iter(blocks)
+    rest: list[Any] = []
+
+    def first(n: int) -> Iterator[Any]:
+        while n and (rest or (block := next(remaining, None)) is not None):
+            values = rest.pop() if rest else np.asarray(block)
+            yield values[:n]
+            if len(values) > n:
+                rest.append(values[n:])
+            n -= min(n, len(values))
+
+    for n in lengths[:-1]:
+        yield first(n)
+    yield chain(rest, remaining)
 
 
 class _Ours:
@@ -87,7 +119,6 @@ def _into_zarr(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape
         attributes=_ENCODING,
     )
     _fill(array, blocks, shape)
-    _move_in(path, partial, key)
 
 
 def _into_hdf5(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape: tuple[int, int]) -> None:
@@ -101,8 +132,6 @@ def _into_hdf5(path: Path, partial: Path, key: str, blocks: Iterable[Any], shape
         array = file["obsm"].create_dataset(key, shape, "float32", chunks=chunks)
         array.attrs.update(_ENCODING)
         _fill(array, blocks, shape)
-    # A reader that has the old file open keeps it until it lets go.
-    os.replace(partial, path)
 
 
 def _chunk_rows(shape: tuple[int, int]) -> int:

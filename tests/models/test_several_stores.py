@@ -1,11 +1,16 @@
 """A model on several stores as one atlas: bitwise what it is on one store of the same cells."""
 
+import sys
+import warnings
+
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import atlasvi
+from atlasvi import cli
 from atlasvi.models.scvi import SCVI
 from atlasvi.store.ingest import ingest
 
@@ -64,3 +69,27 @@ def test_genes_in_another_order_in_one_store(adata, tmp_path):
         np.testing.assert_allclose(
             model.get_latent_representation(joined), model.get_latent_representation(), rtol=1e-4, atol=1e-5
         )
+
+
+def test_commands_take_several_stores_as_one(adata, tmp_path, monkeypatch, capsys):
+    ingest(adata[:150].copy(), tmp_path / "a.zarr")
+    ingest(adata[150:].copy(), tmp_path / "b.zarr")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atlasvi", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    said = run("info", "a.zarr", "b.zarr")
+    assert "cells" in said and "300" in said and "obs input" in said and "on disk" in said
+    small = ["--n-hidden", "16", "--n-latent", "3", "--gene-mask", "none", "--max-epochs", "1"]
+    run("train", "a.zarr", "b.zarr", "-o", "model", "--batch-key", "input", *small)
+    assert "300 cells x 3 -> a.zarr, b.zarr" in run("latent", "model", "a.zarr", "b.zarr")
+    with atlasvi.open(["a.zarr", "b.zarr"]) as joined:
+        latent = SCVI.load("model", joined).get_latent_representation()
+        np.testing.assert_array_equal(joined.read_obsm("X_scVI", 0, 300), latent)
+    assert anndata.read_zarr("b.zarr").obsm["X_scVI"].shape == (150, 3)

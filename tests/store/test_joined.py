@@ -68,6 +68,12 @@ def stores(tmp_path_factory):
     return [folder / f"{name}.zarr" for name in "abc"]
 
 
+@pytest.fixture
+def own_stores(stores, tmp_path):
+    """To be written to."""
+    return [shutil.copytree(path, tmp_path / path.name) for path in stores]
+
+
 @pytest.fixture(scope="module", params=["inner", "outer"])
 def join(request):
     return request.param
@@ -307,10 +313,55 @@ def test_wrong_options(stores, what, options, text):
         atlasvi.open(stores if what is None else what, **options)
 
 
-def test_obsm_is_refused_with_the_remedy(stores):
-    with atlasvi.open(stores) as joined:
-        for atlas in (joined, joined[:3]):
-            with pytest.raises(OptionError, match=r"several stores as one; write it to each") as caught:
+def test_obsm_that_all_have_is_one(three, tmp_path):
+    paths = [tmp_path / f"{name}.zarr" for name in three]
+    for k, (path, adata) in enumerate(zip(paths, three.values(), strict=True)):
+        rng = np.random.default_rng(k)
+        adata.obsm["X_pca"] = rng.normal(size=(adata.n_obs, 3)).astype(np.float32 if k else np.float64)
+        adata.obsm["X_umap"] = rng.normal(size=(adata.n_obs, 2 + k))
+        if k:
+            adata.obsm["some"] = rng.normal(size=(adata.n_obs, 2))
+        atlasvi.ingest(adata, path)
+    expected = np.concatenate([adata.obsm["X_pca"] for adata in three.values()])
+    with atlasvi.open(paths) as joined:
+        assert joined.obsm_keys == ["X_pca"]
+        np.testing.assert_array_equal(joined.read_obsm("X_pca", 0, joined.n_obs), expected)
+        np.testing.assert_array_equal(joined.read_obsm("X_pca", 30, 90), expected[30:90])
+        order = np.random.default_rng(0).permutation(joined.n_obs)[:50]
+        np.testing.assert_array_equal(joined[order].to_anndata().obsm["X_pca"], expected[order])
+        with atlasvi.open([joined[::2], joined[1::2]]) as again:
+            both = np.concatenate([expected[::2], expected[1::2]])
+            np.testing.assert_array_equal(again.read_obsm("X_pca", 0, again.n_obs), both)
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 1000])
+def test_obsm_is_written_to_each(own_stores, three, step):
+    with atlasvi.open(own_stores) as joined:
+        values = np.random.default_rng(0).normal(size=(joined.n_obs, 4)).astype(np.float32)
+        joined.write_obsm("X_scVI", (values[k : k + step] for k in range(0, len(values), step)), 4)
+    parts = [anndata.read_zarr(path).obsm["X_scVI"] for path in own_stores]
+    assert [len(part) for part in parts] == [adata.n_obs for adata in three.values()]
+    np.testing.assert_array_equal(np.concatenate(parts), values)
+    with atlasvi.open(own_stores) as joined:
+        np.testing.assert_array_equal(joined.read_obsm("X_scVI", 0, joined.n_obs), values)
+
+
+@pytest.mark.parametrize("n_more", [-1, 1])
+def test_obsm_of_too_few_or_many_rows_is_written_to_none(own_stores, n_more):
+    with atlasvi.open(own_stores) as joined:
+        values = np.zeros((joined.n_obs + n_more, 4))
+        with pytest.raises(OptionError, match="one row a cell"):
+            joined.write_obsm("X_scVI", [values], 4)
+    for path in own_stores:
+        assert "X_scVI" not in anndata.read_zarr(path).obsm
+        assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+
+
+def test_obsm_of_a_view_or_of_what_is_not_on_disk_is_refused(stores, three):
+    with atlasvi.open(stores) as joined, atlasvi.open([stores[0], joined[-5:]]) as of_a_view:
+        in_memory = atlasvi.open([stores[0], atlasvi.Atlas.from_anndata(three["b"])])
+        for atlas in (joined[:3], of_a_view, in_memory):
+            with pytest.raises(OptionError, match="a whole store on disk, or to several") as caught:
                 atlas.write_obsm("X_scVI", [], 4)
             assert "\n" not in str(caught.value)
 
