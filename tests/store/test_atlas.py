@@ -147,13 +147,29 @@ def test_the_registration_stays_with_the_atlas_and_off_the_disk(small_atlas, sma
     assert {p: p.stat().st_mtime_ns for p in Path(small_store).rglob("*")} == before
 
 
-def test_a_lazy_anndata(adata, tmp_path):
+def lazily_read(adata, folder):
     pytest.importorskip("xarray", reason="anndata.experimental.read_lazy needs xarray")
-    lazy = anndata.experimental.read_lazy(write_zarr(adata, tmp_path / "lazy.zarr"))
-    atlas = Atlas.from_anndata(lazy)
-    fields = register(atlas, batch_key="batch", continuous_covariate_keys=["age"])
-    np.testing.assert_array_equal(resolve(fields, atlas).batch_index, adata.obs["batch"].cat.codes)
-    assert (atlas.read_rows(slice(None)).to_scipy() != adata.X).nnz == 0
+    return anndata.experimental.read_lazy(write_zarr(adata, folder / "lazy.zarr"))
+
+
+def backed(adata, folder):
+    adata.write_h5ad(folder / "backed.h5ad")
+    return anndata.read_h5ad(folder / "backed.h5ad", backed="r")
+
+
+@pytest.mark.parametrize("make", [lazily_read, backed])
+def test_a_lazy_or_backed_anndata_is_what_it_is_in_memory(make, adata, tmp_path):
+    atlas, memory = as_atlas(make(adata, tmp_path)), as_atlas(adata)
+    keys = {"batch_key": "batch", "labels_key": "cell_type", "continuous_covariate_keys": ["age"]}
+    fields = register(atlas, **keys)
+    assert fields == register(memory, **keys)
+    codes, expected = resolve(fields, atlas), resolve(fields, memory)
+    np.testing.assert_array_equal(codes.batch_index, expected.batch_index)
+    np.testing.assert_array_equal(codes.labels, expected.labels)
+    np.testing.assert_array_equal(codes.cont_covs, expected.cont_covs)
+    for (counts, rows), (others, other_rows) in zip(atlas.stream(64), memory.stream(64), strict=True):
+        np.testing.assert_array_equal(rows, other_rows)
+        assert (counts.to_scipy() != others.to_scipy()).nnz == 0
 
 
 # --- views ------------------------------------------------------------------------------------------
