@@ -7,8 +7,9 @@ rules keep them undisturbed, and an atlas whole when the writer is killed:
 says the same of the cells that were there. Of a plain array that is the last chunk, if it was not full. The
 entries of new cells begin in the middle of a shard of ``X``, if the last one was not full: its new file is
 the old one to the last byte, then the chunks that are new or were not full, then a new index. So whatever
-index a reader has taken from an earlier file, the chunks lie where it says; a few kilobytes of each append
-are thereby read by nobody. All other chunks and shards are files that no one knows of yet.
+index a reader has taken from an earlier file, the chunks lie where it says; of each append the chunk that
+was not full, of a hundred kilobytes or so, is thereby left to nobody. All other chunks and shards are files
+that no one knows of yet.
 
 *One rename makes the new cells known.* The root's ``zarr.json`` holds a copy of the metadata of all arrays.
 Who opened the atlas before keeps the old lengths with every array, also with those that are opened later;
