@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import h5py
 import numpy as np
 import scipy.sparse as sp
 import zarr
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from atlasvi.errors import CorruptError, OptionError, StoreError
+from atlasvi.store.hdf5 import ChunkedVector
 from atlasvi.store.offsets import Offsets
 from atlasvi.store.remote import RemoteStore, RemoteVector, side_by_side
 from atlasvi.store.shards import DamagedShard, ShardedVector
@@ -55,7 +57,8 @@ def member(group: Any, key: str) -> Any:
     """An array of an HDF5 or Zarr group, to be read as fast as where it lies allows."""
     if isinstance(group, zarr.Group) and isinstance(group.store, LocalStore):
         return with_zarrs(lambda: group[key])
-    return group[key]
+    array = group[key]
+    return (ChunkedVector.of(array) or array) if isinstance(array, h5py.Dataset) else array
 
 
 def plain(values: NDArray[Any], place: str) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from atlasvi.store import frame
 from atlasvi.store.base import Extras, Source
 from atlasvi.store.columns import ColumnRows
 from atlasvi.store.remote import is_url, open_group
-from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, reading
+from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, member, reading
 
 FORMAT = 1
 RAW = "raw"
@@ -529,7 +529,9 @@ class TenxSource(Source):
         self._file, self._group, self.path = file, group, path
         n_features, n_obs = (int(n) for n in group["shape"][...])
         where = f"{str(path)!r} {group.name}"
-        self._rows = SparseRows(group["indptr"], group["indices"], group["data"], n_features, where)
+        self._rows = SparseRows(
+            group["indptr"], member(group, "indices"), member(group, "data"), n_features, where
+        )
         features = group["features"] if "features" in group else group
         self._ids = features["id"] if "id" in features else features["genes"]
         self._symbols = features["name"] if "name" in features else features["gene_names"]
