@@ -363,7 +363,7 @@ def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> t
 
     Example:
         >>> default_sizes(3000.0)
-        (512, 43)
+        (699, 64)
     """
     rows = _rows_within(bytes_per_row, memory_budget // 2)
     # All lanes there may be, before blocks grow: beyond that larger blocks mean fewer, longer reads.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import queue
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def _as_csr(blocks: Generator[tuple[NDArray[Any], NDArray[Any], NDArray[Any], in
 
 def _read_ahead(read: ReadBlock, units: list[Unit], num_workers: int, ahead: int) -> Generator[CSR]:
     window = _Window(len(units), ahead)
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="atlasvi-read")
+    pool = _Readers(num_workers)
     scheduler = threading.Thread(
         target=_schedule, args=(read, units, pool, window), name="atlasvi-decode", daemon=True
     )
@@ -130,7 +131,7 @@ def _read_ahead(read: ReadBlock, units: list[Unit], num_workers: int, ahead: int
     def finish() -> None:
         window.close()
         scheduler.join()
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
 
     # Python may be left amid an epoch: a thread that then comes back from compiled code would abort it.
     atexit.register(finish)
@@ -188,7 +189,47 @@ class _Window:
             self._changed.notify_all()
 
 
-def _schedule(read: ReadBlock, units: list[Unit], pool: ThreadPoolExecutor, window: _Window) -> None:
+class _Readers(Executor):
+    """Daemon threads, which Python does not wait for when it is left amid an epoch.
+
+    For those of a `ThreadPoolExecutor` it does, before anything that was to be done at its exit; and these
+    wait for a consumer who is gone.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._max_workers = n  # which Dask asks for
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"atlasvi-read_{k}", daemon=True) for k in range(n)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(*arguments, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(call)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call
+
+
+def _schedule(read: ReadBlock, units: list[Unit], pool: Executor, window: _Window) -> None:
     """The body of the thread that runs Dask: a task a unit."""
 
     def read_next() -> None:

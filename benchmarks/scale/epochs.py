@@ -127,6 +127,8 @@ def _one(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     def epoch(path: Path, epochs: int) -> Any:
         with atlasvi.open(path) as atlas:
             opened = anonymous_bytes()
+            if path == store and atlas.n_obs != int(store.stem):
+                raise SystemExit(f"{store} has {atlas.n_obs} cells")
             if options.limit and path == store:
                 hard_limit(atlasvi.stream.as_budget(options.budget[0]))
             stream = Epochs(
@@ -235,6 +237,9 @@ def _repeat(base: Path, path: Path, times: int) -> None:
     _write(base / "X" / "indptr", path / "X" / "indptr", long)
     names = np.array([f"cell-{i}" for i in range(BASE * times)], dtype=np.dtypes.StringDType())
     _write(base / "obs" / "_index", path / "obs" / "_index", names)
+    # What the store says of its arrays in one place is still that of the base.
+    _edit(path / "zarr.json", path / "zarr.json", lambda j: j.pop("consolidated_metadata", None))
+    zarr.consolidate_metadata(path)
 
 
 def _write(of: Path, to: Path, values: Any) -> None:

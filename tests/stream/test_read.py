@@ -209,6 +209,7 @@ def test_workers_by_default():
 
 def test_leaving_python_amid_an_epoch_does_not_hang():
     script = """
+        import time
         import numpy as np, scipy.sparse as sp
         from atlasvi_kernels import CSR
         from atlasvi.stream.plan import plan_epoch
@@ -217,6 +218,7 @@ def test_leaving_python_amid_an_epoch_does_not_hang():
         plan = plan_epoch(1000, batch_size=8, block_rows=10, n_lanes=2, seed=0, epoch=0)
         buffers = read_units(lambda start, stop: block, plan.schedule(), num_workers=2)
         next(buffers)
+        time.sleep(0.5)  # until the readers wait for room
         print("left")
     """
     run = subprocess.run(
