@@ -11,6 +11,8 @@ CHUNK_ENTRIES = 1 << 16
 # With the narrowest types, uint16 for genes and uint8 for counts; wider ones have fewer.
 CHUNKS_PER_SHARD = 32
 _NARROWEST = 3
+SHARD_BYTES = CHUNK_ENTRIES * CHUNKS_PER_SHARD * _NARROWEST
+"""Of a decoded shard, at most."""
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
 
 
@@ -99,5 +101,4 @@ def codecs(*, bits: bool = False) -> list[Any]:
     """
     from zarr.codecs import BloscCodec, Crc32cCodec
 
-    shuffle = "bitshuffle" if bits else "shuffle"
-    return [BloscCodec(cname="lz4", clevel=1, shuffle=shuffle), Crc32cCodec()]
+    return [BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle" if bits else "shuffle"), Crc32cCodec()]
