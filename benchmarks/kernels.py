@@ -484,7 +484,10 @@ def report(bench: Bench, names: list[str], devices: list[str], *, markdown: bool
         for name in names:
             print(f"{device}: {name}", file=sys.stderr, flush=True)
             if name != FIRST_CALL:
-                rows += bench.measure(replace(CASES[name], device=device))
+                found = bench.measure(replace(CASES[name], device=device))
+                # As they come: all cases together take half an hour.
+                print(table(*lines(found, bandwidth), markdown=markdown, words=2), file=sys.stderr, flush=True)
+                rows += found
                 continue
             case = replace(MAIN, device=device)
             timed = [who for who in bench.contenders(case) if who in ("numba", "triton", "eager", "compile")]
