@@ -486,7 +486,8 @@ def report(bench: Bench, names: list[str], devices: list[str], *, markdown: bool
             if name != FIRST_CALL:
                 found = bench.measure(replace(CASES[name], device=device))
                 # As they come: all cases together take half an hour.
-                print(table(*lines(found, bandwidth), markdown=markdown, words=2), file=sys.stderr, flush=True)
+                shown = table(*lines(found, bandwidth), markdown=markdown, words=2)
+                print(shown, file=sys.stderr, flush=True)
                 rows += found
                 continue
             case = replace(MAIN, device=device)
