@@ -11,7 +11,6 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import StoreError
@@ -20,9 +19,10 @@ from atlasvi.store.base import Source
 from atlasvi.store.cells import BLOCK_ENTRIES, Cells, row_blocks
 from atlasvi.store.counts import checked_rows
 from atlasvi.store.genes import GeneJoin
-from atlasvi.store.layout import Layout, choose_layout, codecs
+from atlasvi.store.kept import KeptRows
+from atlasvi.store.layout import SHARD_BYTES, Layout, choose_layout, codecs, index_dtype
 from atlasvi.store.rows import with_zarrs
-from atlasvi.store.spill import FileArray, Spill, disk_array
+from atlasvi.store.spill import disk_array
 from atlasvi.store.tasks import Progress, run_tasks
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _INDPTR_CHUNK = 1 << 18
-_BYTES_PER_READ_ENTRY = 48
+# Of a task: a block that is read and checked, or a shard, which the encoder holds a second time, and what it
+# is made from.
+_BYTES_IN_FLIGHT = 2 * SHARD_BYTES + 48 * BLOCK_ENTRIES
 # Blocks that a cluster checks in one task: a task there costs about as much as checking one.
 _BLOCKS_A_TASK = 8
 
@@ -68,14 +70,14 @@ class _Look:
     """What is to be known of some rows before anything is written.
 
     Args:
-        kept: ``(n,)``, entries that each cell keeps.
+        indptr: ``(n + 1,)``, offsets of the entries that the cells keep.
         max_count: the largest.
         seen: ``(G,)`` bool, genes of the atlas with counts.
         columns: of the entries; none where they were not asked for.
         counts: of the entries; likewise.
     """
 
-    kept: NDArray[np.int64]
+    indptr: NDArray[np.int64]
     max_count: int
     seen: NDArray[np.bool_]
     columns: NDArray[np.uint32]
@@ -104,16 +106,29 @@ class Conversion:
         self._inputs = [
             _Part(*part, None if effort.client is None else cluster.Place.of(part[0])) for part in parts
         ]
-        self._spill: Spill | None = None
-        if cells.order is not None:
-            folder = scratch / "spill"
-            folder.mkdir()
-            self._spill = Spill(folder, cells.n_obs, _expected_entries(cells.sources), np.uint32)
+        self._keeping = self._keep()
+
+    def _keep(self) -> KeptRows | None:
+        """Where rows wait to be written; none where they come in order and are better read again."""
+        expected, most = map(sum, zip(*map(_entries_of, self._cells.sources), strict=True))
+        index_bytes = index_dtype(self.shape[1]).itemsize
+        n_bytes = self._effort.memory_budget - self._in_flight * _BYTES_IN_FLIGHT
+        is_shuffled = self._cells.order is not None
+        if not is_shuffled and expected * (1 + index_bytes) > n_bytes:
+            return None
+        # More than all rows can take is not asked for.
+        n_bytes = max(0, min(n_bytes, 2 * most * (4 + index_bytes)))
+        return KeptRows(self._scratch, self.shape, n_bytes, self._effort.workers, spills=is_shuffled)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(n_obs, n_vars)``."""
         return self._cells.n_obs, len(self._genes.names)
+
+    @property
+    def _in_flight(self) -> int:
+        """Shards that are written at a time."""
+        return max(1, min(self._effort.workers, self._effort.memory_budget // (2 * _BYTES_IN_FLIGHT)))
 
     @property
     def n_empty(self) -> tuple[int, int]:
@@ -125,8 +140,8 @@ class Conversion:
         """An upper bound of the space for counts; 0 until `check` has counted them."""
         if self.layout is None:
             return 0
-        shuffling = 20 if self._spill is not None else 0
-        return int(self.layout.nnz * (self.layout.bytes_per_entry + shuffling) + 32 * self.shape[0])
+        shuffling = 0 if self._keeping is None else self._keeping.bytes_on_disk
+        return int(self.layout.nnz * self.layout.bytes_per_entry + shuffling + 48 * self.shape[0])
 
     def check(self) -> Layout:
         """Pass 1: every value, the hash of every name, what each cell keeps; a shuffle spills.
@@ -153,11 +168,12 @@ class Conversion:
     def _check_block(self, block: tuple[int, int, int]) -> None:
         self._cells.hash_block(*block)
         i, start, stop = block
-        found = self._ask(self._inputs[i], _look, start, stop, self.shape[1], self._spill is not None)
+        rows = self._keeping
+        found = self._ask(self._inputs[i], _look, start, stop, self.shape[1], rows is not None)
         places = self._cells.places(i, start, stop)
-        self._kept[places] = found.kept
-        if self._spill is not None:
-            self._spill.add(np.repeat(np.asarray(places), found.kept), found.columns, found.counts)
+        self._kept[places] = np.diff(found.indptr)
+        if rows is not None and not rows.add(places, found.indptr, found.columns, found.counts):
+            self._keeping = None  # more than expected: they are read again
         with self._lock:
             self.max_count = max(self.max_count, found.max_count)
             self._seen |= found.seen
@@ -206,36 +222,19 @@ class Conversion:
             {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(self.shape)}
         )
         frame.write_plain(x, "indptr", self._indptr, _INDPTR_CHUNK)
-        self._parts = self._make_parts()
         self._indices = _count_array(
             x, "indices", layout, layout.index_dtype, np.iinfo(layout.index_dtype).max
         )
         self._data = _count_array(x, "data", layout, layout.data_dtype, 0)
-        in_flight = self._shards_in_flight(layout)
         # Kept from shard to shard: made anew each time, the heap would grow in pieces.
         self._buffers: SimpleQueue[tuple[NDArray[Any], NDArray[Any]]] = SimpleQueue()
-        for _ in range(in_flight):
+        for _ in range(self._in_flight):
             pair = np.empty(layout.shard, layout.index_dtype), np.empty(layout.shard, layout.data_dtype)
             self._buffers.put(pair)
         shards = range(layout.n_shards)
         starts = [0, *(self._rows_of(*layout.entries(k))[0] for k in shards[1:]), self.shape[0]]
         sizes = np.diff(starts).tolist()[: len(shards)]
-        self._run(self._write_shard, shards, sizes, "writing counts", in_flight)
-
-    def _make_parts(self) -> list[_Part]:
-        if self._spill is not None:
-            return [_Part(self._merged(self._spill), 0, np.arange(self.shape[1]), None)]
-        return self._inputs
-
-    def _merged(self, spill: Spill) -> Source:
-        indices, values = spill.begin_merge(self._indptr)
-        self._run(spill.merge, range(spill.n_buckets), spill.rows_per_bucket(), "shuffling")
-        return _Shuffled(self._indptr, indices, values, self.shape[1])
-
-    def _shards_in_flight(self, layout: Layout) -> int:
-        # The encoder holds a shard's arrays a second time.
-        one = 2 * layout.shard * layout.bytes_per_entry + BLOCK_ENTRIES * _BYTES_PER_READ_ENTRY
-        return max(1, min(self._effort.workers, self._effort.memory_budget // one))
+        self._run(self._write_shard, shards, sizes, "writing counts", self._in_flight)
 
     def _rows_of(self, first: int, last: int) -> tuple[int, int]:
         """First and one past the last row with entries in ``first`` to ``last``."""
@@ -259,7 +258,10 @@ class Conversion:
     def _fill(self, first: int, last: int, indices: NDArray[Any], data: NDArray[Any]) -> None:
         """Read the entries ``first`` to ``last``."""
         start, stop = self._rows_of(first, last)
-        for part in self._parts:
+        if self._keeping is not None:
+            self._keeping.fill(start, np.asarray(self._indptr[start : stop + 1]), first, indices, data)
+            return
+        for part in self._inputs:
             lo, hi = max(start - part.first, 0), min(stop - part.first, part.source.shape[0])
             if lo >= hi:
                 continue
@@ -286,9 +288,16 @@ def _look(
     max_count = max(int(each.max(initial=0)) for each in counts)
     none = (np.zeros(0, np.uint32),)
     return _Look(
-        _in_one([np.diff(indptr) for indptr in indptrs]), max_count, seen,
+        _offsets(indptrs), max_count, seen,
         _in_one(columns if entries else none), _in_one(counts if entries else none),
     )  # fmt: skip
+
+
+def _offsets(indptrs: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Offsets of rows of several parts."""
+    if len(indptrs) == 1:
+        return indptrs[0]
+    return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(indptr) for indptr in indptrs]))])
 
 
 def _in_one(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -333,51 +342,14 @@ def _entries(
     return indices, data
 
 
-class _Shuffled(Source):
-    """The entries in their final order, in flat files."""
-
-    def __init__(self, indptr: NDArray[np.int64], indices: FileArray, values: FileArray, n_vars: int) -> None:
-        self._indptr, self._indices, self._values, self._n_vars = indptr, indices, values, n_vars
-
-    @property
-    def name(self) -> str:
-        """For errors."""
-        return "the shuffled cells"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n_obs, n_vars)``."""
-        return len(self._indptr) - 1, self._n_vars
-
-    @property
-    def indptr(self) -> NDArray[np.int64]:
-        """Offsets of the rows."""
-        return self._indptr
-
-    @property
-    def obs_names(self) -> NDArray[Any]:
-        """Row numbers: the real names are written from the inputs."""
-        return frame.to_strings(np.arange(self.shape[0]))
-
-    @property
-    def var_names(self) -> NDArray[Any]:
-        """Column numbers."""
-        return frame.to_strings(np.arange(self._n_vars))
-
-    def read_rows(self, start: int, stop: int) -> CSR:
-        """Rows ``start`` to ``stop``."""
-        first, last = int(self._indptr[start]), int(self._indptr[stop])
-        offsets = np.asarray(self._indptr[start : stop + 1]) - first
-        return CSR.from_numpy(offsets, self._indices[first:last], self._values[first:last], self._n_vars)
-
-
-def _expected_entries(sources: list[Source]) -> int:
-    total = 0
-    for source in sources:
-        indptr = source.indptr
-        # Single-cell counts are seldom denser than a fifth; the guess only sets the number of buckets.
-        total += source.shape[0] * source.shape[1] // 5 if indptr is None else int(indptr[-1])
-    return total
+def _entries_of(source: Source) -> tuple[int, int]:
+    """How many to expect, and how many there may be at most."""
+    indptr = source.indptr
+    if indptr is not None:
+        return int(indptr[-1]), int(indptr[-1])
+    size = source.shape[0] * source.shape[1]
+    # Single-cell counts are seldom denser than a fifth.
+    return size // 5, size
 
 
 def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fill: int) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from dask import compute, delayed  # type: ignore[attr-defined]
+from dask import compute, delayed, threaded  # type: ignore[attr-defined]
 from dask.callbacks import Callback
 
 from atlasvi.memory import give_back
@@ -48,7 +48,8 @@ def run_tasks(
             for first in range(0, len(items), _AT_ONCE):
                 some = slice(first, first + _AT_ONCE)
                 todo = [call(item, dask_key_name=n) for item, n in zip(items[some], names[some], strict=True)]
-                compute(*todo, scheduler="threads", pool=pool, optimize_graph=False)  # type: ignore[no-untyped-call]
+                # By its name Dask would look for a cluster first, and import distributed for that: a second.
+                compute(*todo, scheduler=threaded.get, pool=pool, optimize_graph=False)  # type: ignore[no-untyped-call]
     except BaseException:
         if give_up is not None:
             give_up()

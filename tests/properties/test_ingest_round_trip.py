@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlasvi.store import cells, frame, layout, spill
+from atlasvi.store import cells, frame, layout
 from atlasvi.store.ingest import ingest
 from atlasvi.store.sources import open_source
 from tests.strategies import count_matrices
@@ -18,18 +18,17 @@ from tests.strategies import count_matrices
 
 @st.composite
 def cuttings(draw):
-    """How finely things are cut: chunk, chunks a shard, entries read at once, entries a bucket."""
+    """How finely things are cut: chunk, chunks a shard, entries read at once, and the budget."""
     return [
-        draw(st.sampled_from(sizes)) for sizes in ((1, 8, 1 << 16), (1, 3), (1, 7, 1 << 18), (5, 1 << 20))
+        draw(st.sampled_from(sizes)) for sizes in ((1, 8, 1 << 16), (1, 3), (1, 7, 1 << 18), (1, 1 << 27))
     ]
 
 
 def set_cutting(monkeypatch, cutting):
-    chunk, per_shard, block, bucket = cutting
+    chunk, per_shard, block, _ = cutting
     monkeypatch.setattr(layout, "CHUNK_ENTRIES", chunk)
     monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", per_shard)
     monkeypatch.setattr(cells, "BLOCK_ENTRIES", block)
-    monkeypatch.setattr(spill, "BUCKET_ENTRIES", bucket)
     monkeypatch.setattr(frame, "NAMES", 1 + block % 16)
 
 
@@ -44,7 +43,7 @@ def test_round_trip(monkeypatch, matrix, cutting, shuffle, workers, on_disk):
         if on_disk:
             adata.write_h5ad(given_as)
         out = Path(folder) / "a.zarr"
-        report = ingest(given_as, out, shuffle=shuffle, seed=3, workers=workers)
+        report = ingest(given_as, out, shuffle=shuffle, seed=3, workers=workers, memory_budget=cutting[-1])
         atlas = anndata.read_zarr(out)
         order = adata.obs_names.get_indexer(atlas.obs_names)
         assert sorted(order) == list(range(adata.n_obs))
@@ -74,7 +73,7 @@ def test_a_join_is_a_gather_of_columns(monkeypatch, data, cutting, join):
         inputs[str(k)] = adata
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have no counts", category=UserWarning)
-        ingest(inputs, Path(folder) / "a.zarr", join=join)
+        ingest(inputs, Path(folder) / "a.zarr", join=join, memory_budget=cutting[-1])
         atlas = anndata.read_zarr(Path(folder) / "a.zarr")
     together = [set(names) for names in genes]
     assert set(atlas.var_names) == (set.intersection(*together) if join == "inner" else set.union(*together))

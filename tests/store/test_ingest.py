@@ -28,6 +28,7 @@ from atlasvi.errors import (
 )
 from atlasvi.store import cells, convert, layout
 from atlasvi.store.ingest import ingest
+from atlasvi.store.rows import DenseRows
 from atlasvi.store.sources import open_source
 
 
@@ -69,11 +70,12 @@ def assert_same_counts(atlas, expected):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Several shards, chunks, read blocks and buckets out of a few thousand entries."""
+    """Several shards, chunks, read blocks and runs out of a few thousand entries."""
     monkeypatch.setattr(layout, "CHUNK_ENTRIES", 32)
     monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", 4)
     monkeypatch.setattr(cells, "BLOCK_ENTRIES", 50)
-    monkeypatch.setattr("atlasvi.store.spill.BUCKET_ENTRIES", 100)
+    # Nothing is left of the budget for rows to be kept in memory.
+    monkeypatch.setattr(convert, "_BYTES_IN_FLIGHT", 1 << 40)
     monkeypatch.setattr("atlasvi.store.frame.NAMES", 16)
     monkeypatch.setattr("atlasvi.store.frame.CHUNK", 16)
 
@@ -228,10 +230,24 @@ def test_nothing_but_zeros(tmp_path):
     np.testing.assert_array_equal(anndata.read_zarr(tmp_path / "a.zarr").X.toarray(), np.zeros((3, 2)))
 
 
+@pytest.mark.parametrize("budget", [8_000, 1 << 20], ids=["read again", "kept"])
+def test_dense_cells_may_be_more_than_was_expected(tmp_path, monkeypatch, budget):
+    adata = make(200, 50)
+    adata.X = adata.X.toarray() + 1
+    adata.write_h5ad(tmp_path / "dense.h5ad")
+    monkeypatch.setattr(convert, "_BYTES_IN_FLIGHT", 1)
+    monkeypatch.setattr(cells, "DENSE_BLOCK", 500)
+    reads, read = [], DenseRows.read
+    monkeypatch.setattr(DenseRows, "read", lambda *args: reads.append(args[1]) or read(*args))
+    ingest(tmp_path / "dense.h5ad", tmp_path / "a.zarr", memory_budget=budget, workers=1)
+    assert (len(set(reads)) < len(reads)) == (budget == 8_000)
+    assert_same_counts(anndata.read_zarr(tmp_path / "a.zarr"), adata)
+
+
 def test_progress_ends_at_every_cell(tmp_path, small_shards):
     calls = []
     ingest(make(), tmp_path / "a.zarr", shuffle=True, progress=lambda *call: calls.append(call))
-    for label in ("checking counts", "shuffling", "writing counts"):
+    for label in ("checking counts", "writing counts"):
         done = [(n, total) for what, n, total in calls if what == label]
         assert len(done) > 1 and done == sorted(done)
         assert done[-1] == (60, 60)
@@ -537,6 +553,7 @@ SLOW_INGEST = """
 import sys, time
 from atlasvi.store import convert
 from atlasvi.store.ingest import ingest
+from atlasvi.store.rows import DenseRows
 fill, calls = convert.Conversion._fill, []
 def slowly(*args):
     fill(*args)
@@ -618,6 +635,7 @@ import os, sys
 import anndata, numpy as np, scipy.sparse as sp
 from atlasvi.errors import SpaceError
 from atlasvi.store.ingest import ingest
+from atlasvi.store.rows import DenseRows
 counts = np.random.default_rng(0).integers(0, 60_000, (1000, 2000)).astype(np.int32)
 for shuffle in (False, True):
     try:
