@@ -32,6 +32,9 @@ Atlases = Annotated[
     typer.Argument(metavar="ATLAS...", help="An atlas, or its URL; several are taken as one."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Memory for counts on their way, such as 500MB; what fits stays there.")
+]
 Seed = Annotated[int, typer.Option(help="Seed: the same one gives the same result.")]
 
 
@@ -237,6 +240,7 @@ def train(
     ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     seed: Seed = 0,
+    memory_budget: MemoryBudget = None,
     checkpoint_every: Annotated[
         float, typer.Option(help="Seconds between checkpoints; 0: each epoch.")
     ] = 60.0,
@@ -271,7 +275,7 @@ def train(
         max_epochs, accelerator, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
         plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
         checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-        on_epoch=CsvLog(out / LOG, append=resume),
+        memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
     )  # fmt: skip
     model.save(out, overwrite=True)
     last = model.records[-1]

@@ -257,7 +257,8 @@ class CountModel(Generic[Config, Module]):
         }
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
         self.records = []
-        with bar("train", max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
+        label = "train, counts kept in memory" if minibatches.keeps else "train"
+        with bar(label, max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 advance(epoch * len(training) + cells, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")

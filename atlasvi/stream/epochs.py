@@ -121,6 +121,11 @@ class Epochs:
         return self._atlas.n_obs if self._at is None else len(self._at)
 
     @property
+    def keeps(self) -> bool:
+        """Whether counts stay in memory as they are read."""
+        return self._kept is not None
+
+    @property
     def is_kept(self) -> bool:
         """Whether all counts are in memory by now."""
         return self._atlas.in_memory or (self._kept is not None and self._kept.is_complete)
