@@ -21,7 +21,7 @@ from atlasvi.store.counts import checked_rows
 from atlasvi.store.genes import GeneJoin
 from atlasvi.store.kept import KeptRows
 from atlasvi.store.layout import SHARD_BYTES, Layout, choose_layout, codecs, index_dtype
-from atlasvi.store.rows import with_zarrs
+from atlasvi.store.shard_file import ShardWriter
 from atlasvi.store.spill import disk_array
 from atlasvi.store.tasks import Progress, run_tasks
 
@@ -98,7 +98,7 @@ class Conversion:
         self._cells, self._genes, self._scratch, self._effort = cells, genes, scratch, effort
         self.max_count = 0
         self.layout: Layout | None = None
-        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._seen = np.zeros(len(genes.names), bool)
         self._kept = disk_array(scratch / "kept.bin", cells.n_obs, np.int64)
         parts = zip(cells.sources, cells.offsets[:-1].tolist(), genes.column_of, strict=True)
@@ -144,7 +144,7 @@ class Conversion:
         return int(self.layout.nnz * self.layout.bytes_per_entry + shuffling + 48 * self.shape[0])
 
     def check(self) -> Layout:
-        """Pass 1: every value, the hash of every name, what each cell keeps; a shuffle spills.
+        """Pass 1: every value, and what each cell keeps.
 
         Raises:
             CountsError: a value is not a count.
@@ -166,7 +166,6 @@ class Conversion:
         )  # fmt: skip
 
     def _check_block(self, block: tuple[int, int, int]) -> None:
-        self._cells.hash_block(*block)
         i, start, stop = block
         rows = self._keeping
         found = self._ask(self._inputs[i], _look, start, stop, self.shape[1], rows is not None)
@@ -222,10 +221,10 @@ class Conversion:
             {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(self.shape)}
         )
         frame.write_plain(x, "indptr", self._indptr, _INDPTR_CHUNK)
-        self._indices = _count_array(
+        self._indices = _shard_writer(
             x, "indices", layout, layout.index_dtype, np.iinfo(layout.index_dtype).max
         )
-        self._data = _count_array(x, "data", layout, layout.data_dtype, 0)
+        self._data = _shard_writer(x, "data", layout, layout.data_dtype, 0)
         # Kept from shard to shard: made anew each time, the heap would grow in pieces.
         self._buffers: SimpleQueue[tuple[NDArray[Any], NDArray[Any]]] = SimpleQueue()
         for _ in range(self._in_flight):
@@ -248,10 +247,8 @@ class Conversion:
         try:
             indices, data = (buffer[: last - first] for buffer in buffers)
             self._fill(first, last, indices, data)
-            # zarrs encodes one shard on all cores, so two at a time would only take more memory.
-            with self._encoding:
-                self._indices[first:last] = indices
-                self._data[first:last] = data
+            self._indices.write(k, indices)
+            self._data.write(k, data)
         finally:
             self._buffers.put(buffers)
 
@@ -352,12 +349,13 @@ def _entries_of(source: Source) -> tuple[int, int]:
     return size // 5, size
 
 
-def _count_array(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fill: int) -> Any:
-    # zarrs leaves out chunks that are nothing but the fill value. No entry has that value, so every chunk
-    # and shard is written, and one that is missing is a fault.
-    return with_zarrs(
-        lambda: group.create_array(
-            key, shape=(layout.nnz,), dtype=dtype, chunks=(layout.chunk,), shards=(layout.shard,),
-            compressors=codecs(bits=key == "data"), fill_value=fill,
-        )
+def _shard_writer(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fill: int) -> ShardWriter:
+    """Make an array and what writes its shards."""
+    compressors = codecs(bits=key == "data")
+    # What is nothing but the fill value is left out by whoever writes through zarr. No entry has that value,
+    # so every chunk and shard is written, and one that is missing is a fault.
+    array = group.create_array(
+        key, shape=(layout.nnz,), dtype=dtype, chunks=(layout.chunk,), shards=(layout.shard,),
+        compressors=compressors, fill_value=fill,
     )  # fmt: skip
+    return ShardWriter(Path(group.store.root, array.path), array, compressors[0])

@@ -208,6 +208,7 @@ class _Job:
     def _convert(self, sources: list[Source], scratch: Path) -> None:
         cells = Cells(sources, self.names, scratch, self.seed)
         genes = join_genes(sources, self.join or "inner", self.var_key, self.make_unique)
+        cells.hash_names()
         self.conversion = Conversion(cells, genes, scratch, self.effort)
         self.conversion.check()
         cells.check_names(make_unique=self.make_unique)
