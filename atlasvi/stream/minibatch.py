@@ -33,10 +33,12 @@ class _Held:
 
     def let_go(self, done: Positions) -> list[int]:
         """Forget the units that were visited to their ends, and return their slots."""
-        ended = [slot for unit, slot, _ in self._units if unit.last <= done[unit.lane]]
-        if ended:
-            self._units = [held for held in self._units if held[0].last > done[held[0].lane]]
-            self._index()
+        is_done = self._last <= done[self._lane]
+        if not is_done.any():
+            return []
+        ended: list[int] = self._slot[is_done].tolist()
+        self._units = [held for held, gone in zip(self._units, is_done.tolist(), strict=True) if not gone]
+        self._index()
         return ended
 
     def draw(self, before: Positions, after: Positions) -> tuple[Positions, Positions, Positions]:
