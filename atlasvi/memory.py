@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from atlasvi.errors import OptionError
+
 _STATUS = Path("/proc/self/status")
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -60,6 +62,29 @@ def _read(field: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def as_bytes(memory_budget: int | str) -> int:
+    """Bytes, from a number or from text such as ``"500MB"`` or ``"4 GiB"``.
+
+    Raises:
+        OptionError: text that is no size, or less than a byte.
+
+    Example:
+        >>> as_bytes("4GB"), as_bytes("1 MiB"), as_bytes(7)
+        (4000000000, 1048576, 7)
+    """
+    from dask.utils import parse_bytes  # not on import: it takes longer than all of this module
+
+    try:
+        n_bytes = int(parse_bytes(memory_budget))
+    except (TypeError, ValueError):
+        n_bytes = 0
+    if n_bytes < 1:
+        raise OptionError(
+            f"memory_budget={memory_budget!r} cannot be: give bytes, at least 1, or text like '4GB'"
+        )
+    return n_bytes
 
 
 class Watch:

@@ -44,7 +44,7 @@ class Effort:
 
     Args:
         workers: threads.
-        memory_budget: bytes for shards being written at a time.
+        memory_budget: bytes for what is read, kept and written.
         progress: told of tasks that ended.
         client: of a cluster that reads and checks the inputs, while the threads wait for it and write.
     """

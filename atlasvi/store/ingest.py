@@ -1,10 +1,11 @@
 """From files of counts to one atlas on disk, out of core.
 
-Two passes over the inputs. The first checks every value and counts what each cell keeps; with that the
-place of every entry in the store is known, so the second writes one shard a task, in any order. A shuffle
-spills the entries to disk in between. Everything is written beside the atlas-to-be, in a hidden folder
-that takes its name only when whole. Cells to be appended are ingested in the same way, and then laid behind
-those of the atlas (`atlasvi.store.append`).
+Two passes. The first reads the inputs, checks every value and counts what each cell keeps; with that the
+place of every entry in the store is known, so the second writes one shard a task, in any order. In between
+the counts are kept in memory, if they fit, or on disk, if they are shuffled; else they are read again.
+Everything is written beside the atlas-to-be, in a hidden folder that takes its name only when whole. Cells
+to be appended are ingested in the same way, and then laid behind those of the atlas
+(`atlasvi.store.append`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import anndata
 import zarr
 
 from atlasvi.errors import NotAnAtlasError, OptionError, StoreError
+from atlasvi.memory import as_bytes
 from atlasvi.store.append import DEFAULT_INPUT_KEY, Growth
 from atlasvi.store.base import Source
 from atlasvi.store.carry import Carrier
@@ -89,7 +91,7 @@ def ingest(
     overwrite: bool = False,
     append: bool = False,
     workers: int | None = None,
-    memory_budget: int = 128 << 20,
+    memory_budget: int | str = 128 << 20,
     progress: Progress | None = None,
     client: distributed.Client | None = None,
 ) -> IngestReport:
@@ -118,7 +120,9 @@ def ingest(
             the latent of a model, is NaN for the new cells, with a warning; ``var`` and ``uns`` stay as they
             are. Counts must fit the type of the atlas's.
         workers: threads; by default the number of cores, at most 4.
-        memory_budget: bytes for shards being written at a time, which may lower the number of workers.
+        memory_budget: bytes, or ``"1GB"``, for what is read, kept and written; it may lower the number of
+            shards written at a time. Counts that fit, at 3 to 6 bytes each, wait there to be written. If they
+            do not, a shuffle puts them on disk, and without one the inputs are read twice.
         progress: called with (what is done, cells done, cells in all).
         client: of a Dask cluster whose workers read and check the inputs, which they must see under the same
             paths; what is kept is put in order and written here. By default threads do all of it.
@@ -161,7 +165,7 @@ def ingest(
         kind, place, work = _Job, out, out.with_name(f".{out.name}.ingest")
     job = kind(
         place, work, layer, join, var_key, seed if shuffle else None, input_key, make_unique,
-        Effort(threads, memory_budget, progress, client),
+        Effort(threads, as_bytes(memory_budget), progress, client),
     )  # fmt: skip
     with only_writer(place) if append else nullcontext():
         shutil.rmtree(work, ignore_errors=True)

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from dask.utils import parse_bytes
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
+from atlasvi.memory import as_bytes
 
 MEMORY_BUDGET = 256 << 20
 """Bytes that the blocks and minibatches of one stream may take together, unless told otherwise."""
@@ -338,17 +338,7 @@ def as_budget(memory_budget: int | str | None) -> int:
         >>> as_budget("4GB"), as_budget("1 MiB"), as_budget(None) == MEMORY_BUDGET
         (4000000000, 1048576, True)
     """
-    if memory_budget is None:
-        return MEMORY_BUDGET
-    try:
-        n_bytes = int(parse_bytes(memory_budget))
-    except (TypeError, ValueError):
-        n_bytes = 0
-    if n_bytes < 1:
-        raise OptionError(
-            f"memory_budget={memory_budget!r} cannot be: give bytes, at least 1, or text like '4GB'"
-        )
-    return n_bytes
+    return MEMORY_BUDGET if memory_budget is None else as_bytes(memory_budget)
 
 
 def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> tuple[int, int]:

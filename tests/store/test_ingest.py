@@ -244,6 +244,17 @@ def test_dense_cells_may_be_more_than_was_expected(tmp_path, monkeypatch, budget
     assert_same_counts(anndata.read_zarr(tmp_path / "a.zarr"), adata)
 
 
+@pytest.mark.parametrize("budget", [0, "much", "-1GB"])
+def test_a_budget_that_cannot_be(tmp_path, budget):
+    with pytest.raises(OptionError, match=r"memory_budget=.* cannot be: give bytes"):
+        ingest(make(), tmp_path / "a.zarr", memory_budget=budget)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_in_words(tmp_path):
+    assert ingest(make(), tmp_path / "a.zarr", memory_budget="1 MB").n_obs == 60
+
+
 def test_progress_ends_at_every_cell(tmp_path, small_shards):
     calls = []
     ingest(make(), tmp_path / "a.zarr", shuffle=True, progress=lambda *call: calls.append(call))
