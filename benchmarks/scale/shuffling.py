@@ -396,7 +396,7 @@ def main() -> None:
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="for the stores; those that are there are used")
     add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="``real``: the ELBO of the real set")
-    add("--cells", type=int, default=40_000)
+    add("--cells", type=int, default=32_000)
     add("--genes", type=int, default=1_000)
     add("--seeds", type=int, default=3, help="runs of each model")
     add("--epochs", type=int, default=10, help="of each model; four times as many of the real set")
