@@ -17,7 +17,7 @@ from atlasvi.errors import StoreError
 from atlasvi.store import cluster, frame
 from atlasvi.store.base import Source
 from atlasvi.store.cells import BLOCK_ENTRIES, Cells, row_blocks
-from atlasvi.store.counts import checked_rows
+from atlasvi.store.counts import checked_rows, mark
 from atlasvi.store.genes import GeneJoin
 from atlasvi.store.kept import KeptRows
 from atlasvi.store.layout import SHARD_BYTES, Layout, choose_layout, codecs, index_dtype
@@ -280,7 +280,7 @@ def _look(
     parts = [checked_rows(source, *rows, column_of) for rows in row_blocks(source, start, stop)]
     seen = np.zeros(n_vars, bool)
     for _, columns, _ in parts:
-        seen[columns] = True
+        mark(columns, seen)
     indptrs, columns, counts = zip(*parts, strict=True)
     max_count = max(int(each.max(initial=0)) for each in counts)
     none = (np.zeros(0, np.uint32),)

@@ -43,8 +43,11 @@ def checked_rows(
     counts, wrong = as_counts(values)
     if wrong >= 0:
         raise CountsError(_not_a_count(source, start, rows, wrong))
+    indices = indices.astype(np.int32, copy=False)
+    if np.array_equal(column_of, np.arange(source.shape[1])) and _is_ready(indptr, indices, counts):
+        return indptr, indices.view(np.uint32), counts
     out = np.zeros(len(indptr), np.int64), np.empty(len(counts), np.uint32), np.empty(len(counts), np.uint32)
-    twice = _map_rows(indptr, indices.astype(np.int32, copy=False), counts, column_of, *out)
+    twice = _map_rows(indptr, indices, counts, column_of, *out)
     if twice >= 0:
         cell = source.read_names(start + twice, start + twice + 1)[0]
         raise CountsError(
@@ -87,6 +90,29 @@ def _looks_like_counts(source: Source) -> bool:
             return False
         some = some or bool(values.any())
     return some
+
+
+def mark(columns: NDArray[np.uint32], seen: NDArray[np.bool_]) -> None:
+    """Note in ``seen`` which columns there are."""
+    _mark(columns, seen)
+
+
+@numba.njit(nogil=True, cache=True)
+def _mark(columns, seen):  # type: ignore[no-untyped-def]
+    for k in range(len(columns)):
+        seen[columns[k]] = True
+
+
+@numba.njit(nogil=True, cache=True)
+def _is_ready(indptr, indices, counts):  # type: ignore[no-untyped-def]
+    """Whether columns are in order, none twice, and no count is 0."""
+    wrong = False
+    for k in range(len(counts)):
+        wrong |= counts[k] == 0
+    for b in range(len(indptr) - 1):
+        for k in range(indptr[b] + 1, indptr[b + 1]):
+            wrong |= indices[k] <= indices[k - 1]
+    return not wrong
 
 
 @numba.njit(nogil=True, cache=True)
