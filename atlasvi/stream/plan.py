@@ -30,6 +30,8 @@ MEMORY_BUDGET = 256 << 20
 MAX_LANES = 64
 # Cells in order need no wide reading, which is there to mix them.
 _ORDERED_BUDGET = 8 << 20
+# Four chunks of a store: of less, much is decoded and left. Small cells take no more than so many.
+_EFFICIENT_BYTES = 768 << 10
 _MIN_BLOCK_ROWS = 512
 _MAX_BLOCK_ROWS = 4096
 # Fewer lanes mix badly: below that, blocks become smaller instead.
@@ -341,24 +343,30 @@ def as_budget(memory_budget: int | str | None) -> int:
     return MEMORY_BUDGET if memory_budget is None else as_bytes(memory_budget)
 
 
-def default_sizes(bytes_per_row: float, memory_budget: int = MEMORY_BUDGET) -> tuple[int, int]:
+def default_sizes(
+    bytes_per_row: float, memory_budget: int = MEMORY_BUDGET, n_rows: int | None = None
+) -> tuple[int, int]:
     """``(block_rows, n_lanes)`` such that a stream stays within a budget.
 
     A block of each lane is held: half of the budget. The other half is for blocks that are being read, and
-    for minibatches.
+    for minibatches. Few cells are cut into smaller blocks, so that there are lanes to mix them.
 
     Args:
         bytes_per_row: mean size of a decoded cell.
         memory_budget: bytes for the stream.
+        n_rows: number of cells to visit, where it is known.
 
     Example:
-        >>> default_sizes(3000.0)
-        (699, 64)
+        >>> default_sizes(3000.0), default_sizes(3000.0, n_rows=10_000)
+        ((699, 64), (157, 64))
     """
     rows = _rows_within(bytes_per_row, memory_budget // 2)
     # All lanes there may be, before blocks grow: beyond that larger blocks mean fewer, longer reads.
-    smallest = min(_MIN_BLOCK_ROWS, max(_LEAST_BLOCK_ROWS, rows // _FEW_LANES))
+    efficient = min(_MIN_BLOCK_ROWS, _rows_within(bytes_per_row, _EFFICIENT_BYTES))
+    smallest = max(_LEAST_BLOCK_ROWS, min(efficient, rows // _FEW_LANES))
     block_rows = min(max(smallest, rows // MAX_LANES), _MAX_BLOCK_ROWS)
+    if n_rows is not None:
+        block_rows = min(block_rows, max(_LEAST_BLOCK_ROWS, -(-n_rows // MAX_LANES)))
     return block_rows, min(MAX_LANES, max(2, rows // block_rows))
 
 

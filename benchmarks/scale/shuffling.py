@@ -232,7 +232,7 @@ def large(budget: int | None) -> dict[str, Any]:
     columns = classes(simulation)
     order = np.lexsort((columns["batch"], columns["cell_type"]))
     columns = {key: codes[order] for key, codes in columns.items()}
-    rows, lanes = default_sizes(_LARGE_ROW, as_budget(budget))
+    rows, lanes = default_sizes(_LARGE_ROW, as_budget(budget), _LARGE)
 
     def plan(epoch: int) -> EpochPlan:
         return plan_epoch(_LARGE, batch_size=LENGTHS[0], block_rows=rows, n_lanes=lanes, seed=0, epoch=epoch)
