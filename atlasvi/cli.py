@@ -75,6 +75,9 @@ def ingest(
             "--append", help="Add the cells to the atlas that is there; who reads it is not disturbed."
         ),
     ] = False,
+    memory_budget: Annotated[
+        str, typer.Option(help="Memory for counts on their way; with room for all of them it is faster.")
+    ] = "128MiB",
 ) -> None:
     """Make an atlas: one AnnData Zarr store from one or many files, in bounded memory.
 
@@ -87,7 +90,7 @@ def ingest(
         report = run(
             inputs, out, layer=layer, join=join, var_key=var_key, shuffle=shuffle,
             seed=seed, input_key=input_key, make_unique=make_unique, overwrite=overwrite, append=append,
-            progress=step,
+            memory_budget=memory_budget, progress=step,
         )  # fmt: skip
     if append:
         typer.echo(f"{report.n_obs - report.n_before:,} cells added to {report.n_before:,}")
