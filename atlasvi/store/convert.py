@@ -114,11 +114,14 @@ class Conversion:
         index_bytes = index_dtype(self.shape[1]).itemsize
         n_bytes = self._effort.memory_budget - self._in_flight * _BYTES_IN_FLIGHT
         is_shuffled = self._cells.order is not None
-        if not is_shuffled and expected * (1 + index_bytes) > n_bytes:
+        is_too_much = expected * (1 + index_bytes) > n_bytes
+        if is_too_much and not is_shuffled:
             return None
         # More than all rows can take is not asked for.
         n_bytes = max(0, min(n_bytes, 2 * most * (4 + index_bytes)))
-        return KeptRows(self._scratch, self.shape, n_bytes, self._effort.workers, spills=is_shuffled)
+        return KeptRows(
+            self._scratch, self.shape, n_bytes, self._effort.workers, spills=is_shuffled, ahead=is_too_much
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -47,20 +47,29 @@ class KeptRows:
         n_bytes: of memory; it is taken as it fills, and is at least what a few rows may need.
         workers: threads that add.
         spills: write a run when memory is full; else `add` says so.
+        ahead: write one already when memory is half full, so that no thread waits: where it will not do.
     """
 
     def __init__(
-        self, scratch: Path, shape: tuple[int, int], n_bytes: int, workers: int, *, spills: bool
+        self,
+        scratch: Path,
+        shape: tuple[int, int],
+        n_bytes: int,
+        workers: int,
+        *,
+        spills: bool,
+        ahead: bool = False,
     ) -> None:
         n_obs, n_vars = shape
         self._index = index_dtype(n_vars)
         longest = 2 + n_vars * (_WORD + self._index.itemsize) // _WORD
-        n_slabs = 2 * workers + 8  # a run is what memory holds but for those that threads are filling
+        n_slabs = 2 * workers + 8  # of which each thread fills one
         size = max(n_bytes // _WORD // n_slabs, longest)
         self._memory: Words = np.empty(n_slabs * size, np.uint32)
         self._free = [_Slab(k * size, (k + 1) * size, k * size) for k in range(n_slabs)]
         self._open: list[_Slab] = []
         self._full: list[_Slab] = []
+        self._full_enough = n_slabs // 2 if spills and ahead else n_slabs + 1
         self._changed, self._is_spilling, self._reading = threading.Condition(), False, threading.local()
         # Of each row: its word in the file or, inverted, in memory; its words; the bytes of a count.
         self._where = disk_array(scratch / "rows-where.bin", n_obs, np.int64)
@@ -161,16 +170,17 @@ class KeptRows:
                 self._changed.wait_for(
                     lambda: self._open or self._free or (self._full and not self._is_spilling)
                 )
-                if self._open:
-                    slab = self._open.pop()
-                    if slab.stop - slab.end >= size:
-                        return slab
-                    self._full.append(slab)
-                    continue
-                if self._free:
-                    return self._free.pop()
-                if self._file is None:
-                    return None
+                if self._is_spilling or len(self._full) < self._full_enough:
+                    if self._open:
+                        slab = self._open.pop()
+                        if slab.stop - slab.end >= size:
+                            return slab
+                        self._full.append(slab)
+                        continue
+                    if self._free:
+                        return self._free.pop()
+                    if self._file is None:
+                        return None
                 batch, self._full, self._is_spilling = self._full, [], True
             self._spill(batch)
 

@@ -38,14 +38,16 @@ def add_all(rows, matrix, places):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1 << 22], ids=["on disk", "in memory"])
-@pytest.mark.parametrize("n_vars", [40, 70_000])
-@pytest.mark.parametrize("largest", [3, 300, 70_000])
-def test_rows_come_back_in_their_order(tmp_path, monkeypatch, n_bytes, n_vars, largest):
+@pytest.mark.parametrize(
+    ("n_vars", "largest", "ahead"),
+    [(40, 3, False), (40, 300, True), (40, 70_000, True), (70_000, 3, True), (70_000, 300, False)],
+)
+def test_rows_come_back_in_their_order(tmp_path, monkeypatch, n_bytes, n_vars, largest, ahead):
     monkeypatch.setattr(kept, "_WRITE_WORDS", 64)
     matrix = counts(n_vars, largest)
     places = np.random.default_rng(1).permutation(N_OBS)
     expected = matrix[np.argsort(places)]
-    rows = KeptRows(tmp_path, matrix.shape, n_bytes, WORKERS, spills=True)
+    rows = KeptRows(tmp_path, matrix.shape, n_bytes, WORKERS, spills=True, ahead=ahead)
     assert all(add_all(rows, matrix, places))
     # Memory is at least a few of the longest rows there may be, which here is all of the wide ones.
     assert (rows.bytes_on_disk > 0) == (n_bytes == 0 and n_vars == 40)
