@@ -30,8 +30,8 @@ MEMORY_BUDGET = 256 << 20
 MAX_LANES = 64
 # Cells in order need no wide reading, which is there to mix them.
 _ORDERED_BUDGET = 8 << 20
-# Four chunks of a store: of less, much is decoded and left. Small cells take no more than so many.
-_EFFICIENT_BYTES = 768 << 10
+# Eight chunks of a store: of less, much is decoded and left. Small cells take no more than so many.
+_EFFICIENT_BYTES = 1536 << 10
 _MIN_BLOCK_ROWS = 512
 _MAX_BLOCK_ROWS = 4096
 # Fewer lanes mix badly: below that, blocks become smaller instead.
