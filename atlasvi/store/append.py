@@ -38,7 +38,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -60,6 +59,7 @@ from atlasvi.store.fit import Misfit, fit_column
 from atlasvi.store.genes import GeneJoin, Join, gene_keys
 from atlasvi.store.metadata import Metadata, consolidate, sync
 from atlasvi.store.rows import reading, with_zarrs
+from atlasvi.store.shards import checksum, index_bytes, read_index
 from atlasvi.store.sources import FORMAT, GroupSource, open_source
 
 DEFAULT_INPUT_KEY = "input"
@@ -449,18 +449,17 @@ def _splice(old: Path, new: Path, n_chunks: int, n_kept: int) -> None:
             index[c] = at, length
             at += length
     tail = index.tobytes()
-    crc = google_crc32c.value(tail).to_bytes(4, "little")
-    new.write_bytes(b"".join([*pieces, tail, crc]))
+    new.write_bytes(b"".join([*pieces, tail, checksum(tail)]))
 
 
 def _index(file: Path, shard: bytes, n_chunks: int) -> NDArray[np.uint64]:
     """Offset and length of each chunk of a shard."""
-    tail = shard[-16 * n_chunks - 4 :]
-    if google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+    index = read_index(shard[-index_bytes(n_chunks) :], n_chunks)
+    if index is None:
         raise CorruptError(
             f"shard {file} has a wrong checksum in its index; copy the atlas again or ingest it again"
         )
-    return np.frombuffer(tail[:-4], "<u8").reshape(n_chunks, 2).copy()
+    return index.copy()
 
 
 def _is_table(node: Any) -> bool:

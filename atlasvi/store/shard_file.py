@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
+
+from atlasvi.store.shards import ABSENT, checksum
 
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
@@ -41,7 +42,7 @@ class ShardWriter:
             values: ``(n,)``, all of its entries, of the type of the array; the last shard may have fewer.
         """
         # Chunks that are not there at all: beyond the end of the array.
-        index = np.full((self._n_chunks, 2), np.iinfo(np.uint64).max, "<u8")
+        index = np.full((self._n_chunks, 2), ABSENT, "<u8")
         at = 0
         with (self._folder / str(k)).open("wb") as file:
             for c in range(-(-len(values) // self._chunk)):
@@ -57,7 +58,7 @@ class ShardWriter:
 
 def _write_checked(file: Any, piece: bytes) -> int:
     """Write bytes and their checksum; how many bytes that is."""
-    return int(file.write(piece) + file.write(google_crc32c.value(piece).to_bytes(4, "little")))
+    return int(file.write(piece) + file.write(checksum(piece)))
 
 
 __all__ = ["ShardWriter"]

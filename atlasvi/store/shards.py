@@ -25,8 +25,8 @@ Decode: TypeAlias = Callable[[Any, Any], Any]
 
 _DECODERS: dict[str, Decode] = {"blosc": blosc.decompress, "zstd": zstd.decompress}
 _CRC_BYTES = 4
-_ABSENT = (1 << 64) - 1  # in an index, of a chunk that was not written
-
+ABSENT = (1 << 64) - 1
+"""Offset and length, in an index, of a chunk that was not written."""
 
 _buffer = threading.local()
 
@@ -162,21 +162,22 @@ class ShardedVector:
         low, high = (start - base) // chunk, -(-(stop - base) // chunk)
         try:
             with self._open(k) as file:
-                tail = file.tail(16 * n_chunks + _CRC_BYTES)
-                if len(tail) < 16 * n_chunks + _CRC_BYTES:
+                tail = file.tail(index_bytes(n_chunks))
+                if len(tail) < index_bytes(n_chunks):
                     raise damaged("is cut short")
-                if not _crc_matches(tail):
+                index = read_index(tail, n_chunks)
+                if index is None:
                     raise damaged("has a wrong checksum in its index")
-                index = np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2)[low:high].tolist()
-                if any(_ABSENT in chunk for chunk in index):
+                wanted = index[low:high].tolist()
+                if any(ABSENT in entry for entry in wanted):
                     raise damaged("lacks a chunk")
-                begin, end = min(at for at, _ in index), max(map(sum, index))
+                begin, end = min(at for at, _ in wanted), max(map(sum, wanted))
                 block = memoryview(file.read(begin, end))
         except FileNotFoundError as error:
             raise damaged("is missing") from error
         if len(block) < end - begin:
             raise damaged("is cut short")
-        for c, (offset, length) in enumerate(index, low):
+        for c, (offset, length) in enumerate(wanted, low):
             at = base + c * chunk - start
             piece = block[offset - begin : offset - begin + length]
             if not _crc_matches(piece):
@@ -212,11 +213,29 @@ def _is_little(codec: dict[str, Any], dtype: np.dtype[Any] | None) -> bool:
     return native and codec.get("configuration", {}).get("endian", "little") == "little"
 
 
+def index_bytes(n_chunks: int) -> int:
+    """Bytes of the index at the end of a shard, its checksum included."""
+    return 16 * n_chunks + _CRC_BYTES
+
+
+def read_index(tail: bytes, n_chunks: int) -> NDArray[np.uint64] | None:
+    """``(n_chunks, 2)`` offset and length of each chunk, or ``None`` where the checksum is wrong.
+
+    Args:
+        tail: the last `index_bytes` of a shard.
+        n_chunks: chunks of a whole shard.
+    """
+    return np.frombuffer(tail, "<u8", 2 * n_chunks).reshape(n_chunks, 2) if _crc_matches(tail) else None
+
+
+def checksum(piece: bytes) -> bytes:
+    """CRC-32C of a chunk or of an index, as it stands behind it."""
+    return int(google_crc32c.value(piece)).to_bytes(_CRC_BYTES, "little")
+
+
 def _crc_matches(block: bytes | memoryview) -> bool:
-    if len(block) < _CRC_BYTES:
-        return False
-    stated = int.from_bytes(block[-_CRC_BYTES:], "little")
-    return bool(google_crc32c.value(bytes(block[:-_CRC_BYTES])) == stated)
+    # Of fewer bytes than a checksum there is nothing that it could be of.
+    return len(block) >= _CRC_BYTES and checksum(bytes(block[:-_CRC_BYTES])) == block[-_CRC_BYTES:]
 
 
-__all__ = ["DamagedShard", "ShardFile", "ShardedVector"]
+__all__ = ["ABSENT", "DamagedShard", "ShardFile", "ShardedVector", "checksum", "index_bytes", "read_index"]

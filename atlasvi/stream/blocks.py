@@ -46,8 +46,7 @@ def stream_blocks(
         read = read_units(reader(atlas, at), units, num_workers=workers)
     else:
         read = read_units_on(client, atlas, at, units, ahead=2 * workers)
-    blocks = _whole(read, units)
-    return blocks if at is None else each(blocks, lambda counts, p: (counts, at[p].astype(np.int64)))
+    return in_atlas(_whole(read, units), at)
 
 
 def each(pieces: Generator[tuple[CSR, Positions]], make: Callable[[CSR, Positions], T]) -> Generator[T]:
@@ -55,6 +54,13 @@ def each(pieces: Generator[tuple[CSR, Positions]], make: Callable[[CSR, Position
     with closing(pieces):
         for counts, positions in pieces:
             yield make(counts, positions)
+
+
+def in_atlas(
+    pieces: Generator[tuple[CSR, Positions]], at: Positions | None
+) -> Generator[tuple[CSR, Positions]]:
+    """Pieces whose positions count the cells to visit (all where ``at`` is ``None``), with those in the atlas."""
+    return pieces if at is None else each(pieces, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
 def reader(atlas: Atlas, positions: Positions | None) -> ReadBlock:

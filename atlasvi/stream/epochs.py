@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
-from atlasvi.stream.blocks import check_positions, each, reader
+from atlasvi.stream.blocks import check_positions, each, in_atlas, reader
 from atlasvi.stream.minibatch import gather, pack
 from atlasvi.stream.plan import EpochPlan, as_budget, blocks_ahead, default_sizes, ordered_rows, plan_epoch
 from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on
@@ -176,9 +176,7 @@ class Epochs:
             read = read_units(self._read, units, num_workers=workers, ahead=self._ahead)
         else:
             read = read_units_on(self._client, self._atlas, self._at, units, ahead=self._ahead)
-        pieces = gather(read, units, plan, self._atlas.n_vars, lanes, start)
-        at = self._at
-        return pieces if at is None else each(pieces, lambda counts, p: (counts, at[p].astype(np.int64)))
+        return in_atlas(gather(read, units, plan, self._atlas.n_vars, lanes, start), self._at)
 
 
 class KeptBlocks:
