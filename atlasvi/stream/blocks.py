@@ -59,7 +59,7 @@ def each(pieces: Generator[tuple[CSR, Positions]], make: Callable[[CSR, Position
 def in_atlas(
     pieces: Generator[tuple[CSR, Positions]], at: Positions | None
 ) -> Generator[tuple[CSR, Positions]]:
-    """Pieces whose positions count the cells to visit (all where ``at`` is ``None``), with those in the atlas."""
+    """Pieces with positions in the atlas, for those among the cells to visit (``None``: all of it)."""
     return pieces if at is None else each(pieces, lambda counts, p: (counts, at[p].astype(np.int64)))
 
 
