@@ -197,9 +197,15 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True)
 class StepWeights:
-    """What the schedule says of one step."""
+    """What the schedule says of one step.
+
+    Args:
+        kl: weight of KL(q(z|x) || p(z)).
+        matmul_dtype: type that the factors of the large matrix products are rounded to.
+    """
 
     kl: float = 1.0
+    matmul_dtype: torch.dtype = torch.float32
 
 
 @runtime_checkable

@@ -152,8 +152,7 @@ class CSR:
 
     def row_sums(self) -> torch.Tensor:
         """``(B,)`` float32, the total count of each row (summed in float64)."""
-        out = torch.zeros(self.n_obs, dtype=torch.float64, device=self.device)
-        return out.index_add_(0, self.row_index(), self.data.double()).float()
+        return torch.segment_reduce(self.data.double(), "sum", offsets=self.indptr).float()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CSR:
         """The same matrix on another device."""

@@ -1,25 +1,46 @@
-"""Compiled loops on several threads, without a second OpenMP runtime.
+"""Compiled loops on the threads that torch computes with.
 
-numba's own parallel loops keep a pool of threads that spin while they wait, beside torch's pool that
-does the same: on few cores each takes the other's time, several-fold on a busy machine. Python threads
-that run compiled code without the GIL cost about 20 us a call and nothing in between.
+A second pool of threads beside torch's takes its time: torch's OpenMP threads spin for a while after each
+operation, numba's own do the same, and on few cores each then waits for the other (the likelihood after a
+matrix product took twice as long). So loops are handed to torch's own team, through the entry point
+``GOMP_parallel`` that compilers use, and that both of the usual OpenMP libraries have. Where torch was built
+without one (macOS), and in a forked process, Python threads do the work.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@lru_cache(maxsize=1)
+def _team(pid: int) -> Callable[[Any, None, int, int], None] | None:
+    """``(work, None, n_threads, 0)``: call ``work`` on each thread of torch's team, and wait for all."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    # Threads do not survive a fork, and OpenMP then waits for them for ever.
+    if pid != _PID or not library.is_file():
+        return None
+    team = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+    if team is not None:
+        team.argtypes, team.restype = [_Work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return team
+
+
+_PID = os.getpid()
+
 
 @lru_cache(maxsize=1)
 def _pool(pid: int) -> ThreadPoolExecutor:
-    # Keyed by process: threads do not survive a fork.
     return ThreadPoolExecutor(thread_name_prefix="atlasvi-kernel", max_workers=os.cpu_count() or 1)
 
 
@@ -31,16 +52,31 @@ def n_threads(most: int) -> int:
 def in_parallel(function: Callable[..., None], n_items: int, *arguments: Any, parts: int) -> None:
     """Call ``function(part, start, stop, *arguments)`` for ``parts`` ranges that cover ``n_items``.
 
-    The function must release the GIL. The calling thread does one part itself.
+    The function must release the GIL. The calling thread takes part.
     """
     bounds = [part * n_items // parts for part in range(parts + 1)]
-    others = [
-        _pool(os.getpid()).submit(function, part, bounds[part], bounds[part + 1], *arguments)
-        for part in range(1, parts)
-    ]
-    function(0, bounds[0], bounds[1], *arguments)
-    for other in others:
-        other.result()
+    if parts == 1:
+        return function(0, 0, n_items, *arguments)
+    left, errors = iter(range(parts)), []
+
+    def work(_: None) -> None:
+        # OpenMP may grant fewer threads than were asked for, so none has a part of its own.
+        for part in left:
+            try:
+                function(part, bounds[part], bounds[part + 1], *arguments)
+            except BaseException as error:  # C cannot pass it on: it is raised below
+                errors.append(error)
+
+    team, pid = _team(os.getpid()), os.getpid()
+    if team is not None:
+        team(_Work(work), None, parts, 0)
+    else:
+        others = [_pool(pid).submit(work, None) for _ in range(parts - 1)]
+        work(None)
+        for other in others:
+            other.result()
+    if errors:
+        raise errors[0]
 
 
 def empty(shape: tuple[int, ...]) -> torch.Tensor:

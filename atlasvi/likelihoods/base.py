@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from atlasvi_kernels import CSR, count_log_likelihood
+from atlasvi_kernels import CSR, count_log_likelihood, linear_count_log_likelihood
+from torch import nn
 
 Sampler = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Generator], torch.Tensor]
 
@@ -46,6 +47,41 @@ class Likelihood:
         return count_log_likelihood(
             counts, logits, library, theta, pi_logits=pi_logits, theta_index=theta_index,
             likelihood=self.name, mean=mean, inplace=True, upstream=-1 / max(len(logits), 1),
+        )  # fmt: skip
+
+    def log_prob_of_heads(
+        self,
+        counts: CSR,
+        h: torch.Tensor,
+        library: torch.Tensor,
+        scale: nn.Linear,
+        pi: nn.Linear | None,
+        theta: torch.Tensor | nn.Linear | None,
+        *,
+        theta_index: torch.Tensor | None = None,
+        matmul_dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """``(B,)`` `log_prob` of linear heads on ``h``, done with them in one so that B x G is never made.
+
+        Args:
+            counts: (B x G).
+            h: ``(B, H)``, what the heads take.
+            library: ``(B,)``.
+            scale: head of the logits.
+            pi: head of the dropout logits.
+            theta: inverse dispersion as in `log_prob`, or the head of its logarithm.
+            theta_index: as in `log_prob`.
+            matmul_dtype: type that the factors of the heads' products are rounded to.
+        """
+        head = theta if isinstance(theta, nn.Linear) else None
+        return linear_count_log_likelihood(
+            counts, h, scale.weight, library, None if isinstance(theta, nn.Linear) else theta,
+            bias=scale.bias,
+            pi_weight=None if pi is None else pi.weight, pi_bias=None if pi is None else pi.bias,
+            theta_weight=None if head is None else head.weight,
+            theta_bias=None if head is None else head.bias,
+            theta_index=theta_index, likelihood=self.name, matmul_dtype=matmul_dtype,
+            upstream=-1 / max(len(h), 1),
         )  # fmt: skip
 
     def mean(self, mu: torch.Tensor, pi_logits: torch.Tensor | None) -> torch.Tensor:

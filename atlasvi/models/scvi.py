@@ -158,30 +158,38 @@ class SCVIModule(nn.Module):
         )
         return log_library.squeeze(1).exp(), kl
 
-    def theta(self, h: torch.Tensor, minibatch: Minibatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Inverse dispersion, and the row of it that each cell takes (``None``: gene g or cell b's own)."""
+    def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
+        """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
         if not self.likelihood.has_theta:
             return None, None
         if self.config.dispersion == "gene-cell":
-            assert self.decoder.log_theta is not None
-            return self.decoder.log_theta(h).exp(), None
+            return self.decoder.log_theta, None
         theta = self.log_theta.exp()
         if self.config.dispersion == "gene":
             return theta[0], None
         return theta, minibatch.batch_index if self.config.dispersion == "gene-batch" else minibatch.labels
 
-    def log_likelihood(self, z: torch.Tensor, library: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+    def log_likelihood(
+        self,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        minibatch: Minibatch,
+        matmul_dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
         """``(B,)`` log p(x | z, l, s)."""
-        h = self.decoder.hidden(z, _covariates(minibatch))
-        logits = self.decoder.scale(h)
-        theta, theta_index = self.theta(h, minibatch)
-        pi_logits = None if self.decoder.pi is None else self.decoder.pi(h)
-        if self.has_size_factor:
-            # scvi-tools gives up the softmax here: mu = size factor * softplus.
-            logits = F.softplus(logits).log()
+        decoder = self.decoder
+        h = decoder.hidden(z, _covariates(minibatch))
+        theta, theta_index = self.theta(minibatch)
+        if not self.has_size_factor:
+            return self.likelihood.log_prob_of_heads(
+                minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
+                theta_index=theta_index, matmul_dtype=matmul_dtype,
+            )  # fmt: skip
+        # scvi-tools gives up the softmax here: mu = size factor * softplus.
         return self.likelihood.log_prob(
-            minibatch.counts, logits, library, theta, pi_logits,
-            theta_index=theta_index, mean="exp" if self.has_size_factor else "softmax",
+            minibatch.counts, F.softplus(decoder.scale(h)).log(), library,
+            theta(h).exp() if isinstance(theta, nn.Linear) else theta,
+            None if decoder.pi is None else decoder.pi(h), theta_index=theta_index, mean="exp",
         )  # fmt: skip
 
     def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
@@ -190,7 +198,7 @@ class SCVIModule(nn.Module):
         qz = self.encode(minibatch, noise)
         z = qz.rsample(noise.normal(qz.loc.shape[1], _Z))
         library, kl_library = self.library(minibatch, noise)
-        reconstruction = -self.log_likelihood(z, library, minibatch)
+        reconstruction = -self.log_likelihood(z, library, minibatch, weights.matmul_dtype)
         kl_z = qz.kl_divergence()
         total = (reconstruction + weights.kl * kl_z + kl_library).mean()
         return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())

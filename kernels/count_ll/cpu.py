@@ -6,11 +6,13 @@ Derivation and notation (f, z, u, s, dtheta, dp) are in README.md beside this fi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..csr import CSR
 from ..math_cpu import (
@@ -52,11 +54,29 @@ def run(
     scale: float,
     with_gradient: bool,
     inplace: bool,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
-    """Log-likelihood and ``[d logits, d library, d theta, d pi_logits]``.
+    """Log-likelihood and ``[d logits, d library, d theta, d pi_logits]``, and of biases, where given.
 
     Cell b's gradient is multiplied by ``scale`` and, where given, by ``weights[b]``. With ``inplace``
-    those of logits and pi_logits are written into these tensors' own memory.
+    those of logits and pi_logits are written into these tensors' own memory, which is overwritten too
+    if no gradient is asked for.
+
+    Args:
+        counts: (B x G).
+        logits: ``(B, G)`` float32, or with ``biases`` bfloat16; so is ``pi_logits``.
+        library: ``(B,)``.
+        theta: as of the op.
+        pi_logits: see there.
+        theta_index: see there.
+        likelihood: see there.
+        mean: see there.
+        weights: ``(B,)``.
+        scale: a number.
+        with_gradient: whether gradients are wanted.
+        inplace: see above.
+        biases: ``(G,)`` each, added to logits and pi_logits on the way, which takes ``inplace``; their
+            gradients are the last two.
     """
     n_obs = counts.n_obs
     kind = _KIND[likelihood]
@@ -64,6 +84,10 @@ def run(
 
     logits_ = logits.detach().contiguous()
     pi = None if pi_logits is None else pi_logits.detach().contiguous()
+    narrow = logits_.dtype == torch.bfloat16
+    assert biases is None or inplace
+    assert not narrow or biases is not None
+    bias, pi_bias = (none.ravel(), none.ravel()) if biases is None else map(_or_zeros(logits_), biases)
     theta_ = none if theta is None else np.atleast_2d(theta.detach().contiguous().numpy())
     own_row = theta is not None and theta.dim() == 2 and theta_index is None
     if theta_index is not None:
@@ -82,6 +106,7 @@ def run(
     g_theta = (
         np.empty((1, *theta_.shape), np.float32) if own_row else np.zeros((parts, *theta_.shape), np.float32)
     )
+    g_bias = np.zeros((0 if biases is None else parts, 2, logits_.shape[1]), np.float32)
     log_p, g_library = torch.empty(n_obs), torch.empty(n_obs)
     upstream = np.full(n_obs, scale, np.float32)
     if weights is not None:
@@ -92,10 +117,12 @@ def run(
         _rows, n_obs,
         indptr, counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
         int(np.diff(indptr).max(initial=0)),
-        logits_.numpy(), library.detach().contiguous().numpy(), theta_, none if own_row else 1 / theta_,
-        theta_row, none if pi is None else pi.numpy(), upstream, kind, mean == "softmax",
-        log_p.numpy(), none if g_logits is None else g_logits.numpy(), g_library.numpy(), g_theta,
-        none if g_pi is None else g_pi.numpy(),
+        none if narrow else logits_.numpy(), library.detach().contiguous().numpy(), theta_,
+        none if own_row else 1 / theta_, theta_row, none if pi is None or narrow else pi.numpy(), upstream,
+        kind, mean == "softmax", with_gradient, bias, pi_bias, _bits(logits_ if narrow else None),
+        _bits(pi if narrow else None),
+        log_p.numpy(), none if g_logits is None or narrow else g_logits.numpy(), g_library.numpy(), g_theta,
+        none if g_pi is None or narrow else g_pi.numpy(), g_bias,
         parts=parts,
     )  # fmt: skip
     if not with_gradient:
@@ -103,7 +130,20 @@ def run(
     g_theta_ = None
     if theta is not None:
         g_theta_ = torch.from_numpy(g_theta.sum(0) if len(g_theta) > 1 else g_theta[0]).reshape(theta.shape)
-    return log_p, [g_logits, g_library, g_theta_, g_pi]
+    of_biases = [] if biases is None else list(torch.from_numpy(g_bias.sum(0)))
+    return log_p, [g_logits, g_library, g_theta_, g_pi, *of_biases]
+
+
+def _or_zeros(logits: torch.Tensor) -> Callable[[torch.Tensor | None], NDArray[np.float32]]:
+    def given(bias: torch.Tensor | None) -> NDArray[np.float32]:
+        return np.zeros(logits.shape[1], np.float32) if bias is None else bias.detach().contiguous().numpy()
+
+    return given
+
+
+def _bits(narrow: torch.Tensor | None) -> NDArray[np.uint16]:
+    """The bits of bfloat16, which numpy has not."""
+    return np.empty((0, 0), np.uint16) if narrow is None else narrow.view(torch.uint16).numpy()
 
 
 def _njit(**options: Any) -> Any:
@@ -111,6 +151,31 @@ def _njit(**options: Any) -> Any:
 
 
 # Functions of one pass over genes `lo` to `hi` of a row. Arrays of a tile begin at 0.
+
+
+@_njit(fastmath=_FLAGS)
+def _add_to(row, bias):  # type: ignore[no-untyped-def]
+    vector_code()
+    for g in range(len(row)):
+        row[g] += bias[g]
+
+
+@_njit(fastmath=_INLINE)
+def _widen(bits, bias, row):  # type: ignore[no-untyped-def]
+    """The upper half of a float32 is a bfloat16."""
+    vector_code()
+    for g in range(len(row)):
+        row[g] = np.uint32(np.uint32(bits[g]) << np.uint32(16)).view(_f) + bias[g]
+
+
+@_njit(fastmath=_INLINE)
+def _narrow(row, bits):  # type: ignore[no-untyped-def]
+    """Rounded to the nearest, ties to even."""
+    vector_code()
+    for g in range(len(row)):
+        wide = _f(row[g]).view(np.uint32)
+        odd = (wide >> np.uint32(16)) & np.uint32(1)
+        bits[g] = np.uint16(np.uint32(wide + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @_njit(fastmath=_FLAGS)
@@ -407,11 +472,11 @@ def _correct(  # type: ignore[no-untyped-def]
 def _rows(  # type: ignore[no-untyped-def]
     part, first, last,
     indptr, indices, data, most, logits, library, theta, inv_theta, theta_row, pi, weights,
-    kind, softmax,
-    log_p, g_logits, g_library, g_theta, g_pi,
+    kind, softmax, with_gradient, bias, pi_bias, narrow_logits, narrow_pi,
+    log_p, g_logits, g_library, g_theta, g_pi, g_bias,
 ):  # fmt: skip
-    n_vars = logits.shape[1]
-    with_gradient = g_logits.shape[1] == n_vars and n_vars > 0
+    n_vars = max(logits.shape[1], narrow_logits.shape[1])
+    narrow, biased = narrow_logits.shape[0] > 0, len(bias) > 0
     inflated, has_theta = kind == _ZIP or kind == _ZINB, kind >= _NB
     own_row = has_theta and inv_theta.shape[0] == 0
     slot = 0 if own_row else part
@@ -426,10 +491,19 @@ def _rows(  # type: ignore[no-untyped-def]
     gene, x, a = np.empty(most, np.int64), np.empty(most, np.float32), np.empty(most, np.float32)
     for b in range(first, last):
         weight = weights[b]
-        row = logits[b]
-        u = g_logits[b] if with_gradient else spare_u
-        dp = g_pi[b] if with_gradient and inflated else spare_pi
-        p_row = pi[b] if inflated else none
+        # As float32 in the cache; u and dp may be written over row and p_row.
+        row = spare_u if narrow else logits[b]
+        p_row = none if not inflated else spare_pi if narrow else pi[b]
+        u = g_logits[b] if with_gradient and not narrow else spare_u
+        dp = g_pi[b] if with_gradient and inflated and not narrow else spare_pi
+        if narrow:
+            _widen(narrow_logits[b], bias, row)
+            if inflated:
+                _widen(narrow_pi[b], pi_bias, p_row)
+        elif biased:
+            _add_to(row, bias)
+            if inflated:
+                _add_to(p_row, pi_bias)
         th = theta[theta_row[b]] if has_theta else none
         dth = g_theta[slot, theta_row[b]] if has_theta else none
         if own_row:
@@ -475,3 +549,11 @@ def _rows(  # type: ignore[no-untyped-def]
         g_library[b] = weight * _f(total_u / np.float64(library[b]))
         if with_gradient:
             _pull(u, mu, _f(total_u / np.float64(library[b])) if softmax else _f(0.0), weight)
+            if biased:
+                _add_to(g_bias[part, 0], u)
+                if inflated:
+                    _add_to(g_bias[part, 1], dp)
+            if narrow:
+                _narrow(u, narrow_logits[b])
+                if inflated:
+                    _narrow(dp, narrow_pi[b])

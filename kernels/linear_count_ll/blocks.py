@@ -5,6 +5,7 @@ README.md beside this file counts the passes and says why cells are cut and not 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,8 +15,8 @@ from ..count_ll.op import run as run_count_ll
 from ..csr import CSR
 from ..parallel import empty
 
-# Of what the heads make of a block of cells: it is to stay near, but matrix products want many rows.
-_BLOCK_BYTES = 16 << 20
+# Of what the heads make of a block of cells: matrix products want many rows more than a near cache.
+_BLOCK_BYTES = 48 << 20
 _MIN_ROWS, _MAX_ROWS = 32, 1024
 
 
@@ -49,9 +50,14 @@ class Heads:
         linear = {name: t for name, t in self.named().items() if name.endswith("weight") and t is not None}
         return replace(self, **{name: t.to(dtype) for name, t in linear.items()})
 
-    def zeros(self) -> Heads:
-        """Zeros like these."""
-        return Heads(*(None if t is None else torch.zeros_like(t) for t in self.tensors()))
+    def sums(self) -> Heads:
+        """Like these, to add gradients to: zeros, but for the weights, which the first block writes."""
+        return Heads(
+            *(
+                None if t is None else torch.empty_like(t) if name.endswith("weight") else torch.zeros_like(t)
+                for name, t in self.named().items()
+            )
+        )
 
 
 def block_rows(n_linear: int, n_vars: int) -> int:
@@ -78,76 +84,105 @@ def run(
     n_obs, n_vars = counts.shape
     log_p = torch.empty_like(library)
     narrow_hidden, narrow = hidden.to(dtype), heads.to(dtype)
-    gradients = heads.zeros() if with_gradient else None
+    gradients = heads.sums() if with_gradient else None
     g_hidden = torch.empty_like(hidden) if with_gradient else None
     g_library = torch.empty_like(library) if with_gradient else None
-    rows = min(block_rows(heads.n_linear, n_vars), max(n_obs, 1))
-    buffers = [_buffer(rows, n_vars, hidden) for _ in range(heads.n_linear)]
-    for start in range(0, n_obs, rows):
+    rows = _even(n_obs, block_rows(heads.n_linear, n_vars))
+    buffers = _buffers(heads.n_linear, rows, n_vars, hidden)
+    # The compiled kernel takes products as they come, and adds biases where a row is at hand.
+    fused = backend == "numba"
+    biases = (None, None) if fused else (heads.bias, heads.pi_bias)
+    for start in range(0, max(n_obs, 1), rows):
         t = slice(start, min(start + rows, n_obs))
         h, free = narrow_hidden[t], [b[: t.stop - start] for b in buffers]
-        logits = _linear(h, narrow.weight, heads.bias, free)
-        pi_logits = None if heads.pi_weight is None else _linear(h, narrow.pi_weight, heads.pi_bias, free)
+        logits, pi_logits = (
+            None if weight is None else _linear(h, weight, bias, free.pop(), narrow=fused)
+            for weight, bias in zip((narrow.weight, narrow.pi_weight), biases, strict=True)
+        )
         by_cell = heads.theta is not None and heads.theta.dim() == 2 and theta_index is None
         theta = heads.theta[t] if heads.theta is not None and by_cell else heads.theta
-        if heads.theta_weight is not None:
-            theta = _linear(h, narrow.theta_weight, heads.theta_bias, free).exp_()
+        if narrow.theta_weight is not None:
+            theta = _linear(h, narrow.theta_weight, heads.theta_bias, free.pop()).exp_()
         log_p[t], made = run_count_ll(
             backend, counts.row_range(t.start, t.stop), logits, library[t], theta, pi_logits,
             None if theta_index is None else theta_index[t], likelihood, mean,
             weights=None if weights is None else weights[t], scale=scale, with_gradient=with_gradient,
-            inplace=True,
+            inplace=True, **({"biases": (heads.bias, heads.pi_bias)} if fused else {}),
         )  # fmt: skip
         if made is None:
             continue
         assert gradients is not None and g_hidden is not None and g_library is not None
-        g_logits, g_library_t, g_theta, g_pi = made
+        g_logits, g_library_t, g_theta, g_pi, *of_biases = made
         assert g_logits is not None and g_library_t is not None
         g_library[t] = g_library_t
         g_h = g_hidden[t].zero_()
-        _add(g_logits, h, narrow.weight, g_h, gradients.weight, gradients.bias)
+        _add(g_logits, h, narrow.weight, g_h, gradients.weight, first=start == 0)
         if g_pi is not None:
-            _add(g_pi, h, narrow.pi_weight, g_h, gradients.pi_weight, gradients.pi_bias)
+            _add(g_pi, h, narrow.pi_weight, g_h, gradients.pi_weight, first=start == 0)
+        of_biases = of_biases or [g_logits.sum(0), None if g_pi is None else g_pi.sum(0)]
+        for g_bias, of_bias in zip((gradients.bias, gradients.pi_bias), of_biases, strict=True):
+            if g_bias is not None and of_bias is not None:
+                g_bias += of_bias
         if heads.theta_weight is not None:
             assert theta is not None and g_theta is not None
             # theta = exp(raw): d / d raw = theta d / d theta.
             g_raw = g_theta.mul_(theta)
-            _add(g_raw, h, narrow.theta_weight, g_h, gradients.theta_weight, gradients.theta_bias)
+            _add(g_raw, h, narrow.theta_weight, g_h, gradients.theta_weight, first=start == 0)
+            if gradients.theta_bias is not None:
+                gradients.theta_bias.add_(g_raw.sum(0))
         elif gradients.theta is not None:
             assert g_theta is not None
             (gradients.theta[t] if by_cell else gradients.theta).add_(g_theta)
     return log_p, g_hidden, g_library, gradients
 
 
-def _buffer(rows: int, n_vars: int, like: Tensor) -> Tensor:
+def _even(n_obs: int, most: int) -> int:
+    """Rows of a block, so that blocks of at most so many are alike."""
+    return -(-n_obs // -(-n_obs // most)) if n_obs else 1
+
+
+def _buffers(n: int, rows: int, n_vars: int, like: Tensor) -> list[Tensor]:
     if like.is_cuda:
-        return like.new_empty(rows, n_vars)
-    return empty((rows, n_vars))
+        return [like.new_empty(rows, n_vars) for _ in range(n)]
+    # Kept from call to call: fresh pages of memory cost as much as the products that are written to them.
+    if getattr(_kept, "memory", None) is None or _kept.memory.numel() < n * rows * n_vars:
+        _kept.memory = empty((n * rows * n_vars,))
+    return list(_kept.memory[: n * rows * n_vars].view(n, rows, n_vars))
 
 
-def _linear(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, free: list[Tensor]) -> Tensor:
-    """``hidden @ weight.T + bias`` in one of the free buffers, whose type it takes."""
-    assert weight is not None
-    out = free.pop()
-    if out.dtype == hidden.dtype:
-        torch.mm(hidden, weight.T, out=out)
+_kept = threading.local()
+
+
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, free: Tensor, *, narrow: bool = False
+) -> Tensor:
+    """``hidden @ weight.T + bias`` in a free buffer, as float32 or, ``narrow``, in the factors' type."""
+    if hidden.dtype == free.dtype:
+        torch.mm(hidden, weight.T, out=free)
+    elif narrow:
+        free = free.view(-1).view(hidden.dtype)[: free.numel()].view(free.shape)
+        torch.mm(hidden, weight.T, out=free)
     else:
-        out.copy_(hidden @ weight.T)
-    return out if bias is None else out.add_(bias)
+        free.copy_(hidden @ weight.T)
+    return free if bias is None else free.add_(bias)
 
 
 def _add(
-    g: Tensor, hidden: Tensor, weight: Tensor | None, g_hidden: Tensor, g_weight: Tensor | None,
-    g_bias: Tensor | None,
+    g: Tensor, hidden: Tensor, weight: Tensor | None, g_hidden: Tensor, g_weight: Tensor | None, *,
+    first: bool,
 ) -> None:  # fmt: skip
-    """Add what a head's output gradient ``g`` means for its input, weight and bias."""
+    """Add what a head's output gradient ``g`` means for its input and weight, which the first writes."""
     assert weight is not None and g_weight is not None
     narrow = g.to(hidden.dtype)
     if g_hidden.dtype == hidden.dtype:
         g_hidden.addmm_(narrow, weight)
-        g_weight.addmm_(narrow.T, hidden)
+        if first:
+            torch.mm(narrow.T, hidden, out=g_weight)
+        else:
+            g_weight.addmm_(narrow.T, hidden)
     else:
         g_hidden += narrow @ weight
-        g_weight += narrow.T @ hidden
-    if g_bias is not None:
-        g_bias += g.sum(0)
+        if first:
+            g_weight.copy_(narrow.T @ hidden)
+        else:
+            g_weight += narrow.T @ hidden

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..count_ll.op import check_options, count_log_likelihood, is_uniform
 from ..csr import CSR
 from ..dispatch import choose_backend, registered
+from ..products import fast_products
 from . import blocks
 from .blocks import Heads
 
@@ -119,10 +120,11 @@ def linear_count_ll(
 ) -> list[Tensor]:  # fmt: skip
     """``[log_p, d hidden, d library, d of each head]``, the gradients empty where there are none."""
     heads = Heads(weight, bias, pi_weight, pi_bias, theta, theta_weight, theta_bias)
-    log_p, g_hidden, g_library, g_heads = blocks.run(
-        backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
-        mean, dtype=matmul_dtype, weights=None, scale=upstream, with_gradient=with_gradient,
-    )  # fmt: skip
+    with fast_products():
+        log_p, g_hidden, g_library, g_heads = blocks.run(
+            backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
+            mean, dtype=matmul_dtype, weights=None, scale=upstream, with_gradient=with_gradient,
+        )  # fmt: skip
     return [log_p, *_flat(log_p, g_hidden, g_library, g_heads)]
 
 
@@ -139,10 +141,11 @@ def linear_count_ll_backward(
         factor = weights[0].item() / upstream if len(weights) else 1.0
         return [g * factor for g in gradients]
     heads = Heads(weight, bias, pi_weight, pi_bias, theta, theta_weight, theta_bias)
-    _, g_hidden, g_library, g_heads = blocks.run(
-        backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
-        mean, dtype=matmul_dtype, weights=weights.contiguous(), scale=1.0, with_gradient=True,
-    )  # fmt: skip
+    with fast_products():
+        _, g_hidden, g_library, g_heads = blocks.run(
+            backend, CSR(indptr, indices, data, len(weight)), hidden, library, heads, theta_index, likelihood,
+            mean, dtype=matmul_dtype, weights=weights.contiguous(), scale=1.0, with_gradient=True,
+        )  # fmt: skip
     return _flat(weights, g_hidden, g_library, g_heads)
 
 

@@ -170,7 +170,8 @@ def test_evaluation_agrees(case):
         torch.testing.assert_close(library[:, None] * rho, expected["rate"], **TOLERANCE)
         if "theta" in expected:
             h = module.decoder.hidden(qz.loc, _covariates_of(minibatch))
-            theta, index = module.theta(h, minibatch)
+            theta, index = module.theta(minibatch)
+            theta = theta(h).exp() if isinstance(theta, torch.nn.Linear) else theta
             theta = theta if index is None else theta[index]
             torch.testing.assert_close(theta.expand_as(rho), expected["theta"], **TOLERANCE)
         if "rho_transformed" in expected:
