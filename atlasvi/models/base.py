@@ -31,7 +31,7 @@ from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
-from atlasvi.train.history import EpochRecord, to_frames
+from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch
 
@@ -87,6 +87,7 @@ class CountModel(Generic[Config, Module]):
         self.module.eval()
         self.plan = TrainingPlan()
         self.records: list[EpochRecord] = []
+        self.checks: list[Check] = []
         self._split: dict[str, Any] | None = None
         self._training: dict[str, Any] | None = None
 
@@ -256,7 +257,7 @@ class CountModel(Generic[Config, Module]):
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
-        self.records = []
+        self.records, self.checks = [], []
         label = "train, counts kept in memory" if minibatches.keeps else "train"
         with bar(label, max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
 
@@ -269,7 +270,7 @@ class CountModel(Generic[Config, Module]):
                 if on_epoch is not None:
                     on_epoch(record)
 
-            self.records = fit(
+            progress = fit(
                 self.module,
                 minibatches,
                 validation if len(held_out) else None,
@@ -286,8 +287,9 @@ class CountModel(Generic[Config, Module]):
                 checkpoints=None
                 if checkpoint is None
                 else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
-                listeners=Listeners(after_step, after_epoch),
+                listeners=Listeners(after_step, after_epoch, self.checks.append),
             )
+            self.records, self.checks = progress.records, progress.checks
 
     @property
     def is_trained(self) -> bool:
@@ -298,6 +300,11 @@ class CountModel(Generic[Config, Module]):
     def history(self) -> dict[str, pd.DataFrame]:
         """A data frame by epoch for each quantity; names as in scvi-tools, ``elbo_*`` is negative ELBO."""
         return to_frames(self.records)
+
+    @property
+    def validation_history(self) -> pd.DataFrame:
+        """A row for each look at the cells kept for validation, by step: seconds and negative ELBO."""
+        return to_frame(self.checks)
 
     @property
     def train_indices(self) -> NDArray[np.int64]:
@@ -557,6 +564,7 @@ class CountModel(Generic[Config, Module]):
             "split": self._split,
             "training": self._training,
             "records": [asdict(record) for record in self.records],
+            "checks": [asdict(check) for check in self.checks],
         }
         write_folder(Path(dir_path), description, self.module, overwrite=overwrite)
 
@@ -589,6 +597,7 @@ class CountModel(Generic[Config, Module]):
             model._assemble(LibraryMoments((0.0,) * n_batch, (1.0,) * n_batch))
             model.plan = TrainingPlan(**description["plan"])
             model.records = [EpochRecord(**record) for record in description["records"]]
+            model.checks = [Check(**check) for check in description.get("checks", [])]
             model._split = description["split"]
             model._training = description["training"]
         except (KeyError, TypeError, OptionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,80 @@ from safetensors.torch import load_file, save_file
 
 from atlasvi.errors import ModelError, VersionError
 from atlasvi.files import replacing_folder, settle
-from atlasvi.train.history import EpochRecord
+from atlasvi.train.history import Check, EpochRecord, TermSums
+from atlasvi.train.schedule import TrainingPlan
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+AVERAGE, BEST = "average.safetensors", "best.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Args:
+        epoch: the one under way, from 0.
+        minibatch: of it, the next.
+        step: training steps so far; the noise counters follow from it.
+        seconds: that training took in this epoch so far.
+        sums: of the loss terms in this epoch so far.
+        records: of the epochs before.
+        checks: looks at the cells kept for validation.
+        earlier: seconds of all that was done before the run was resumed.
+    """
+
+    epoch: int = 0
+    minibatch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: TermSums = field(default_factory=TermSums)
+    records: list[EpochRecord] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    earlier: float = 0.0
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether there was a look since the last step."""
+        return bool(self.checks) and self.checks[-1].step == self.step
+
+    def monitored(self, name: str) -> list[float]:
+        """What there is of a column of the history: of looks if it is of validation, else of epochs."""
+        return [getattr(one, name) for one in (self.checks if name.endswith("validation") else self.records)]
+
+    def close_epoch(self, plan: TrainingPlan, lr: float) -> EpochRecord:
+        """Make the record of the epoch under way, and begin the next."""
+        checks = [check for check in self.checks[-1:] if check.step > self.step - self.minibatch]
+        names = ("elbo_validation", "reconstruction_loss_validation", "kl_local_validation")
+        held_out = [getattr(check, name) for check in checks for name in names] or [None] * 3
+        record = EpochRecord(
+            self.epoch, *self.sums.means(), *held_out, plan.kl_weight(self.epoch, max(self.step - 1, 0)), lr,
+            self.seconds, self.sums.n / max(self.seconds, 1e-9),
+        )  # fmt: skip
+        self.records.append(record)
+        self.epoch, self.minibatch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, TermSums()
+        return record
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, in what JSON has."""
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        return whole | {
+            "sums": self.sums.values.tolist(),
+            "records": [asdict(record) for record in self.records],
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """What `to_json` made."""
+        return cls(
+            **values
+            | {
+                "sums": TermSums(values["sums"]),
+                "records": [EpochRecord(**record) for record in values["records"]],
+                "checks": [Check(**check) for check in values["checks"]],
+            }
+        )
 
 
 def claim(path: Path, *, resume: bool) -> None:
@@ -35,7 +105,8 @@ def claim(path: Path, *, resume: bool) -> None:
         return
     if not path.is_dir():
         raise ModelError(f"{str(path)!r} is a file; name a folder for the checkpoint")
-    strangers = sorted(p.name for p in path.iterdir() if p.name not in (WEIGHTS, OPTIMIZER, STATE))
+    ours = (WEIGHTS, OPTIMIZER, STATE, AVERAGE, BEST)
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in ours)
     if strangers:
         raise ModelError(
             f"{str(path)!r} holds {strangers[0]!r}, which is not a checkpoint's; a checkpoint replaces its "
@@ -51,8 +122,9 @@ def save_checkpoint(
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau | None,
-    records: list[EpochRecord],
-    step: int,
+    progress: Progress,
+    average: dict[str, torch.Tensor],
+    best: dict[str, torch.Tensor],
     run: dict[str, Any],
 ) -> None:
     """Write all that a run needs to go on to the same weights, in place of what was there.
@@ -62,8 +134,9 @@ def save_checkpoint(
         module: its weights and batch-norm statistics are written.
         optimizer: its moments and rates are written.
         scheduler: its state is written if there is one.
-        records: the epochs so far.
-        step: training steps so far; the noise counters follow from it.
+        progress: how far it has come.
+        average: averaged weights, if there are any.
+        best: the best weights so far, if they are looked for.
         run: the options that a resumed run must share.
     """
     state = optimizer.state_dict()
@@ -74,15 +147,17 @@ def save_checkpoint(
     }
     rest = {
         "format": FORMAT,
-        "step": step,
+        "progress": progress.to_json(),
         "run": run,
         "param_groups": state["param_groups"],
         "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "records": [asdict(record) for record in records],
     }
     with replacing_folder(path) as new:
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / WEIGHTS)
         save_file(moments, new / OPTIMIZER)
+        for name, values in ((AVERAGE, average), (BEST, best)):
+            if values:
+                save_file(values, new / name)
         (new / STATE).write_text(json.dumps(rest))
 
 
@@ -92,8 +167,8 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau | None,
     run: dict[str, Any],
-) -> tuple[list[EpochRecord], int]:
-    """Restore what `save_checkpoint` wrote; returns the epochs so far and the number of steps.
+) -> tuple[Progress, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Restore what `save_checkpoint` wrote; returns progress, averaged and best weights.
 
     Raises:
         ModelError: there is no checkpoint, it is damaged, or its run had other options.
@@ -104,6 +179,11 @@ def load_checkpoint(
         raise ModelError(f"no checkpoint in {str(path)!r}; train without resume to start afresh")
     try:
         rest = json.loads((path / STATE).read_text())
+        if rest["format"] < FORMAT:
+            raise VersionError(
+                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi writes and reads "
+                f"{FORMAT}: finish the run with the version that began it, or train without resume"
+            )
         if rest["format"] > FORMAT:
             raise VersionError(
                 f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi reads up to "
@@ -111,6 +191,10 @@ def load_checkpoint(
             )
         _refuse_other_run(path, rest["run"], json.loads(json.dumps(run)))
         weights, flat = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+        average, best = (
+            load_file(path / name) if (path / name).is_file() else {} for name in (AVERAGE, BEST)
+        )
+        progress = Progress.from_json(rest["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"the checkpoint in {str(path)!r} is damaged ({error}); train without resume to start afresh"
@@ -123,7 +207,7 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": moments, "param_groups": rest["param_groups"]})
     if scheduler is not None:
         scheduler.load_state_dict(rest["scheduler"])
-    return [EpochRecord(**record) for record in rest["records"]], int(rest["step"])
+    return progress, average, best
 
 
 def _refuse_other_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

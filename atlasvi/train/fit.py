@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from atlasvi.errors import TrainingError
-from atlasvi.train.checkpoint import claim, load_checkpoint, save_checkpoint
-from atlasvi.train.history import EpochRecord, TermSums
+from atlasvi.train.average import Averaged, floating_state, set_state
+from atlasvi.train.checkpoint import Progress, claim, load_checkpoint, save_checkpoint
+from atlasvi.train.history import Check, EpochRecord, TermSums
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan
-from atlasvi.types import Minibatch, Noise, StepWeights, Trains
+from atlasvi.types import LossTerms, Minibatch, Noise, StepWeights, Trains
 
-# Validation draws its noise from a seed of its own, the same at each epoch: epochs compare like with like.
+# Validation draws its noise from a seed of its own, the same at each look: looks compare like with like.
 VALIDATION_SEED = 1 << 40
+# Steps from one look at the loss to the next on a GPU, where looking waits for it.
+_STEPS_UNSEEN = 50
+
+
+class Training(Protocol):
+    """The minibatches of an epoch in its order, from one of them on: `stream.Epochs`."""
+
+    def __call__(self, epoch: int, start: int) -> Iterator[Minibatch]:
+        """Minibatches ``start``, ``start + 1``, ..."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +55,143 @@ class Listeners:
     Args:
         step: called after each step with ``(epoch, cells so far in the epoch, mean negative ELBO so far)``.
         epoch: called after each epoch with its record.
+        check: called after each look at the cells kept for validation.
     """
 
     step: Callable[[int, int, float], None] | None = None
     epoch: Callable[[EpochRecord], None] | None = None
+    check: Callable[[Check], None] | None = None
+
+
+@dataclass
+class Run:
+    """What `fit` works on.
+
+    Args:
+        module: satisfies `types.Trains`.
+        plan: optimiser, rates, KL warm-up.
+        seed: of the noise.
+        device: where to compute.
+        checkpoints: where to write the run.
+        progress: how far it has come.
+    """
+
+    module: Any
+    plan: TrainingPlan
+    seed: int
+    device: torch.device
+    checkpoints: Checkpoints | None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.plan.make_optimizer(list(self.module.parameters()))
+        self.scheduler = self.plan.make_scheduler(self.optimizer)
+        averaging = self.plan.averaging
+        self.average = None if averaging is None else Averaged(self.module, averaging)
+        self.best: dict[str, torch.Tensor] = {}
+        self.begun = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, those before it was resumed included."""
+        return self.progress.earlier + time.perf_counter() - self.begun
+
+    def step(self, minibatch: Minibatch) -> LossTerms:
+        """Change the weights once."""
+        plan, at = self.plan, self.progress
+        if at.step <= plan.n_steps_lr_warmup:
+            for group in self.optimizer.param_groups:
+                group["lr"] = plan.lr_at(at.step)
+        weights = StepWeights(plan.kl_weight(at.epoch, at.step), getattr(torch, plan.matmul_dtype))
+        terms: LossTerms = self.module.loss(minibatch, Noise(self.seed, at.step, minibatch.rows), weights)
+        if self.device.type == "cpu" or at.step % _STEPS_UNSEEN == 0:
+            self.loss_must_be_finite(terms.total, minibatch)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        self.optimizer.step()
+        at.step += 1
+        at.minibatch += 1
+        at.sums.add(terms)
+        if self.average is not None:
+            self.average.update(at.step)
+        return terms
+
+    def check(self, validation: Iterator[Minibatch]) -> Check:
+        """Look at the cells kept apart, with the weights that would be kept now."""
+        if self.average is None:
+            found = evaluate(self.module, validation, seed=self.seed, device=self.device)
+        else:
+            with self.average.applied():
+                found = evaluate(self.module, validation, seed=self.seed, device=self.device)
+        self.module.train()
+        at = self.progress
+        at.checks.append(Check(at.step, self.elapsed, *found.means()[1:]))
+        return at.checks[-1]
+
+    def keep_best(self) -> None:
+        """Keep the weights of the last look if no look before was better."""
+        values = [check.elbo_validation for check in self.progress.checks]
+        if values[-1] <= min(values):
+            state = floating_state(self.module) if self.average is None else self.average.values
+            if not self.best:
+                self.best = {name: value.clone() for name, value in state.items()}
+            for name, value in state.items():
+                self.best[name].copy_(value)
+
+    def finish(self) -> None:
+        """Put in the weights to keep: the best, if they were looked for, or the averaged."""
+        if self.best:
+            set_state(self.module, self.best)
+        elif self.average is not None:
+            set_state(self.module, self.average.values)
+        self.module.eval()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        assert self.checkpoints is not None
+        save_checkpoint(
+            self.checkpoints.path, self.module, self.optimizer, self.scheduler,
+            replace(self.progress, earlier=self.elapsed),
+            {} if self.average is None else self.average.values, self.best, self.checkpoints.run,
+        )  # fmt: skip
+
+    def load(self) -> None:
+        """Go on from a checkpoint."""
+        assert self.checkpoints is not None
+        self.progress, average, self.best = load_checkpoint(
+            self.checkpoints.path, self.module, self.optimizer, self.scheduler, self.checkpoints.run
+        )
+        if self.average is not None:
+            self.average.values = average
+
+    def loss_must_be_finite(self, loss: torch.Tensor, minibatch: Minibatch) -> None:
+        """Raise `TrainingError`, which names step, cells and the last checkpoint, if it is not."""
+        if not bool(torch.isfinite(loss)):
+            raise self.error(f"loss became {loss.item()}", self.progress.step, minibatch)
+
+    def weights_must_be_finite(self, minibatch: Minibatch) -> None:
+        """A finite loss can have a gradient that is not: such weights must not become a checkpoint."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.module.parameters()):
+            raise self.error("weights became NaN or infinite", self.progress.step - 1, minibatch)
+
+    def error(self, what: str, step: int, minibatch: Minibatch) -> TrainingError:
+        """What happened, where, and where to go on from."""
+        rows = minibatch.rows.tolist()
+        shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
+        last = "no checkpoint was asked for"
+        if self.checkpoints is not None:
+            there = (self.checkpoints.path / "state.json").is_file()
+            path = str(self.checkpoints.path)
+            last = f"the last good checkpoint is {path!r}" if there else "no checkpoint was written yet"
+        return TrainingError(
+            f"the {what} at step {step} (epoch {self.progress.epoch}), in the minibatch of rows {shown}; "
+            f"{last}. Lower lr (plan_kwargs={{'lr': ...}}) or look at those cells"
+        )
 
 
 def fit(
     module: torch.nn.Module,
-    training: Callable[[int], Iterator[Minibatch]],
+    training: Training,
     validation: Callable[[], Iterator[Minibatch]] | None,
     plan: TrainingPlan,
     *,
@@ -63,24 +202,24 @@ def fit(
     validate_every: int = 1,
     checkpoints: Checkpoints | None = None,
     listeners: Listeners | None = None,
-) -> list[EpochRecord]:
+) -> Progress:
     """Minimise the module's loss over epochs of minibatches.
 
     Args:
         module: satisfies `types.Trains`.
-        training: ``epoch -> minibatches``, in the order of that epoch.
+        training: ``(epoch, start) -> minibatches``, in the order of that epoch.
         validation: minibatches kept from training, or ``None``.
         plan: optimiser, rates, KL warm-up.
         max_epochs: number of epochs in all, those before a resumption included.
         seed: of the noise (dropout, reparameterisation), which is keyed by (seed, step, cell).
         device: where to compute.
         early_stopping: when to stop before ``max_epochs``.
-        validate_every: epochs from one validation to the next.
+        validate_every: epochs from one validation to the next, where the plan has it by epochs.
         checkpoints: where to write the run, and whether to go on from there.
         listeners: who is told how it goes.
 
     Returns:
-        A record of each epoch.
+        How far it came: a record of each epoch, and each look at the cells kept for validation.
 
     Raises:
         TrainingError: the loss is no longer finite; names the step, the cells and the last checkpoint.
@@ -88,68 +227,69 @@ def fit(
     assert isinstance(module, Trains)
     listeners = listeners or Listeners()
     module.to(device)
-    optimizer = plan.make_optimizer(list(module.parameters()))
-    scheduler = plan.make_scheduler(optimizer)
-    records: list[EpochRecord] = []
-    step = 0
     if checkpoints is not None:
         claim(checkpoints.path, resume=checkpoints.resume)
+    run = Run(module, plan, seed, device, checkpoints)
     if checkpoints is not None and checkpoints.resume:
-        records, step = load_checkpoint(checkpoints.path, module, optimizer, scheduler, checkpoints.run)
-    written = time.monotonic()
+        run.load()
+    at = run.progress
+    written = time.perf_counter()
+    looks = plan.n_steps_per_check if validation is not None else None
+    restores = early_stopping is not None and looks is not None
 
-    for epoch in range(len(records), max_epochs):
-        if early_stopping is not None and early_stopping.says_stop(_monitored(records, early_stopping)):
-            break
+    def look() -> None:
+        assert validation is not None
+        found = run.check(validation())
+        if restores:
+            run.keep_best()
+        if listeners.check is not None:
+            listeners.check(found)
+
+    def is_over() -> bool:
+        return early_stopping is not None and early_stopping.says_stop(at.monitored(early_stopping.monitor))
+
+    def save_if_due(now: bool) -> None:
+        nonlocal written
+        if checkpoints is not None and now:
+            run.save()
+            written = time.perf_counter()
+
+    while at.epoch < max_epochs and not is_over():
         started = time.perf_counter()
-        sums = TermSums()
-        kl_weight = 0.0
         last: Minibatch | None = None
         module.train()
-        for minibatch in training(epoch):
-            minibatch = minibatch.to(device)
-            kl_weight = plan.kl_weight(epoch, step)
-            terms = module.loss(minibatch, Noise(seed, step, minibatch.rows), StepWeights(kl=kl_weight))
-            if not bool(torch.isfinite(terms.total)):
-                raise TrainingError(
-                    _not_finite(f"loss became {terms.total.item()}", epoch, step, minibatch, checkpoints)
-                )
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            optimizer.step()
-            step += 1
-            sums.add(terms)
-            last = minibatch
-            if listeners.step is not None:
-                listeners.step(epoch, sums.n, sums.elbo / sums.n)
-        # A finite loss can have a gradient that is not: such weights must not become a checkpoint.
-        if last is not None and not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-            raise TrainingError(
-                _not_finite("weights became NaN or infinite", epoch, step - 1, last, checkpoints)
-            )
-        seconds = time.perf_counter() - started
-
-        held_out: tuple[float | None, float | None, float | None] = (None, None, None)
-        if validation is not None and ((epoch + 1) % validate_every == 0 or epoch + 1 == max_epochs):
-            held_out = evaluate(module, validation(), seed=seed, device=device).means()[1:]
-        loss, elbo, reconstruction, kl = sums.means()
-        record = EpochRecord(
-            epoch, loss, elbo, reconstruction, kl, *held_out,
-            kl_weight, optimizer.param_groups[0]["lr"], seconds, sums.n / max(seconds, 1e-9),
-        )  # fmt: skip
-        records.append(record)
-        if scheduler is not None and getattr(record, plan.lr_scheduler_metric) is not None:
-            scheduler.step(getattr(record, plan.lr_scheduler_metric))
+        for minibatch in training(at.epoch, at.minibatch):
+            last = minibatch.to(device)
+            run.step(last)
+            if listeners.step is not None and (device.type == "cpu" or at.step % _STEPS_UNSEEN == 0):
+                listeners.step(at.epoch, at.sums.n, at.sums.means()[1])
+            if looks and at.step % looks == 0:
+                look()
+                if is_over():
+                    break
+            if checkpoints is not None and 0 < checkpoints.every_seconds < time.perf_counter() - written:
+                run.weights_must_be_finite(last)
+                at.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+                save_if_due(now=True)
+        if last is not None:
+            run.weights_must_be_finite(last)
+        at.seconds += time.perf_counter() - started
+        is_last = at.epoch + 1 == max_epochs
+        is_due = not looks and (at.epoch + 1) % validate_every == 0
+        if validation is not None and (is_due or is_last) and not at.has_looked:
+            look()
+        record = at.close_epoch(plan, run.optimizer.param_groups[0]["lr"])
+        metric = getattr(record, plan.lr_scheduler_metric)
+        if run.scheduler is not None and metric is not None:
+            run.scheduler.step(metric)
         # A log that is ahead of the checkpoint is mended when its epochs come again; one behind is not.
         if listeners.epoch is not None:
             listeners.epoch(record)
-        if checkpoints is not None and (
-            time.monotonic() - written >= checkpoints.every_seconds or epoch + 1 == max_epochs
-        ):
-            save_checkpoint(checkpoints.path, module, optimizer, scheduler, records, step, checkpoints.run)
-            written = time.monotonic()
-    module.eval()
-    return records
+        if checkpoints is not None:
+            save_if_due(now=is_last or time.perf_counter() - written >= checkpoints.every_seconds)
+    run.finish()
+    return at
 
 
 @torch.no_grad()
@@ -167,27 +307,3 @@ def evaluate(
         minibatch = minibatch.to(device)
         sums.add(module.loss(minibatch, Noise(seed + VALIDATION_SEED, 0, minibatch.rows), StepWeights()))
     return sums
-
-
-def _monitored(records: list[EpochRecord], early_stopping: EarlyStopping) -> list[float]:
-    values = [getattr(record, early_stopping.monitor) for record in records]
-    return [value for value in values if value is not None]
-
-
-def _not_finite(
-    what: str, epoch: int, step: int, minibatch: Minibatch, checkpoints: Checkpoints | None
-) -> str:
-    rows = minibatch.rows.tolist()
-    shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
-    last = "no checkpoint was asked for"
-    if checkpoints is not None:
-        there = (checkpoints.path / "state.json").is_file()
-        last = (
-            f"the last good checkpoint is {str(checkpoints.path)!r}"
-            if there
-            else "no checkpoint was written yet"
-        )
-    return (
-        f"the {what} at step {step} (epoch {epoch}), in the minibatch of rows {shown}; {last}. "
-        "Lower lr (plan_kwargs={'lr': ...}) or look at those cells"
-    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from atlasvi.types import LossTerms
 
@@ -34,26 +35,66 @@ class EpochRecord:
     cells_per_second: float
 
 
-class TermSums:
-    """Running sums of `LossTerms` over cells."""
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A look at the cells kept for validation: means in nats, of the averaged weights if there are any.
 
-    def __init__(self) -> None:
-        self.n = 0
-        self.loss = self.elbo = self.reconstruction = self.kl = 0.0
+    Args:
+        step: training steps before it.
+        seconds: of training before it, looks included.
+        elbo_validation: negative ELBO at full KL weight.
+        reconstruction_loss_validation: its first term.
+        kl_local_validation: its second.
+    """
+
+    step: int
+    seconds: float
+    elbo_validation: float
+    reconstruction_loss_validation: float
+    kl_local_validation: float
+
+
+class TermSums:
+    """Running sums of `LossTerms` over cells.
+
+    Args:
+        values: of cells, loss, negative ELBO, reconstruction and KL so far.
+    """
+
+    def __init__(self, values: Sequence[float] = (0.0,) * 5) -> None:
+        self.values = torch.tensor(values, dtype=torch.float64)
 
     def add(self, terms: LossTerms) -> None:
-        """Add a minibatch."""
+        """Add a minibatch. Nothing waits for its device."""
         n = len(terms.reconstruction)
-        self.n += n
-        self.loss += float(terms.total.detach()) * n
-        self.elbo += float(terms.elbo.double().sum())
-        self.reconstruction += float(terms.reconstruction.double().sum())
-        self.kl += float((terms.kl_z + terms.kl_library).double().sum())
+        kl = terms.kl_z + terms.kl_library
+        added = torch.stack(
+            [
+                terms.total.detach().double().new_tensor(n),
+                terms.total.detach().double() * n,
+                terms.elbo.double().sum(),
+                terms.reconstruction.double().sum(),
+                kl.double().sum(),
+            ]
+        )
+        self.values = self.values.to(added.device) + added
+
+    @property
+    def n(self) -> int:
+        """Cells."""
+        return int(self.values[0])
 
     def means(self) -> tuple[float, float, float, float]:
         """``(loss, elbo, reconstruction, kl)`` a cell."""
-        n = max(self.n, 1)
-        return self.loss / n, self.elbo / n, self.reconstruction / n, self.kl / n
+        n, *sums = self.values.tolist()
+        loss, elbo, reconstruction, kl = (value / max(n, 1.0) for value in sums)
+        return loss, elbo, reconstruction, kl
+
+
+def to_frame(checks: Sequence[Check]) -> pd.DataFrame:
+    """A row for each look at the cells kept for validation, indexed by step."""
+    columns = [field.name for field in fields(Check)]
+    return pd.DataFrame([asdict(check) for check in checks], columns=columns).set_index("step")
 
 
 def to_frames(records: Sequence[EpochRecord]) -> dict[str, pd.DataFrame]:

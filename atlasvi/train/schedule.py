@@ -32,6 +32,15 @@ class TrainingPlan:
         lr_min: the rate does not fall below it.
         lr_scheduler_metric: ``"elbo_validation"``, ``"reconstruction_loss_validation"`` or
             ``"kl_local_validation"``.
+        n_steps_lr_warmup: steps over which the rate rises to ``lr``.
+        averaging: decay, a step, of the average of the weights that is looked at and kept; ``None``: the
+            weights themselves.
+        n_steps_per_check: steps from one look at the cells kept for validation to the next; ``None``: by
+            epochs.
+        start_at_means: whether the decoder's bias starts at the genes' mean shares of the counts.
+        patience: looks without gain after which training ends, where it is to end by itself.
+        matmul_dtype: ``"float32"`` or ``"bfloat16"``, what the factors of the large products are rounded to;
+            weights and sums are float32.
     """
 
     optimizer: str = "Adam"
@@ -48,6 +57,12 @@ class TrainingPlan:
     lr_threshold: float = 0.0
     lr_min: float = 0.0
     lr_scheduler_metric: str = "elbo_validation"
+    n_steps_lr_warmup: int = 0
+    averaging: float | None = None
+    n_steps_per_check: int | None = None
+    start_at_means: bool = False
+    patience: int | None = None
+    matmul_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -55,6 +70,12 @@ class TrainingPlan:
             raise OptionError(f"optimizer {self.optimizer!r} is not supported; use 'Adam' or 'AdamW'")
         if not self.lr > 0:
             raise OptionError(f"lr must be > 0, is {self.lr}")
+        if self.averaging is not None and not 0 <= self.averaging < 1:
+            raise OptionError(f"averaging must be in [0, 1), is {self.averaging}")
+        if self.n_steps_per_check is not None and self.n_steps_per_check < 1:
+            raise OptionError(f"n_steps_per_check must be at least 1, is {self.n_steps_per_check}")
+        if self.matmul_dtype not in ("float32", "bfloat16"):
+            raise OptionError(f"matmul_dtype {self.matmul_dtype!r}: use 'float32' or 'bfloat16'")
         if self.min_kl_weight > self.max_kl_weight:
             raise OptionError(
                 f"min_kl_weight {self.min_kl_weight} is above max_kl_weight {self.max_kl_weight}"
@@ -88,6 +109,10 @@ class TrainingPlan:
         else:
             share = 1.0
         return self.min_kl_weight + min(share, 1.0) * (self.max_kl_weight - self.min_kl_weight)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step of the warm-up: linear up to ``lr``."""
+        return self.lr * min(1.0, (step + 1) / max(self.n_steps_lr_warmup, 1))
 
     def make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser, in its fused form."""

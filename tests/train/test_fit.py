@@ -41,6 +41,14 @@ def assert_same(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
+def assert_same_history(one, other):
+    for name, frame in one.history.items():
+        if name not in ("seconds", "cells_per_second"):
+            assert frame.equals(other.history[name]), name
+    looks = [model.validation_history.drop(columns="seconds") for model in (one, other)]
+    assert looks[0].equals(looks[1])
+
+
 class Killed(Exception):
     """Stands for a kill."""
 
@@ -119,9 +127,7 @@ def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(kind, 
         train(make(**options), **how, **checkpoint, on_epoch=kill_at(2))
     resumed = train(make(**options), **how, **checkpoint, resume=True)
     assert_same(whole, resumed)
-    for name, frame in whole.history.items():
-        if name not in ("seconds", "cells_per_second"):
-            assert frame.equals(resumed.history[name]), name
+    assert_same_history(whole, resumed)
 
 
 def test_a_run_can_be_killed_again_and_again(make, tmp_path):
@@ -274,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rows_and_checkpoint(
     assert f"the last good checkpoint is {str(run)!r}" in message
     assert "\n" not in message
     assert_same(seen["weights"], parameters(model))
-    assert json.loads((run / "state.json").read_text())["step"] == 5
+    assert json.loads((run / "state.json").read_text())["progress"]["step"] == 5
 
 
 def test_the_run_goes_on_from_that_checkpoint(make, monkeypatch, tmp_path):
@@ -305,7 +311,7 @@ def test_a_gradient_that_is_not_finite_makes_no_checkpoint_of_its_weights(make, 
     model.module.decoder.scale.bias.register_hook(poison)
     with pytest.raises(TrainingError, match=r"step 9 \(epoch 1\)"):
         train(model, checkpoint=run, checkpoint_every_seconds=0.0)
-    assert json.loads((run / "state.json").read_text())["step"] == 5
+    assert json.loads((run / "state.json").read_text())["progress"]["step"] == 5
 
 
 def test_a_weight_that_is_nan_is_seen_at_the_first_step(make):
