@@ -218,6 +218,15 @@ class Trains(Protocol):
 
 
 @runtime_checkable
+class Starts(Protocol):
+    """A module whose weights can start from what the genes' shares of the counts are."""
+
+    def start_at(self, shares: torch.Tensor) -> None:
+        """Take ``(G,)`` shares > 0, which sum to 1, as what is decoded before anything was learnt."""
+        ...
+
+
+@runtime_checkable
 class Encodes(Protocol):
     """A module that `infer.latent` can ask for q(z | x)."""
 
@@ -250,6 +259,7 @@ __all__ = [
     "Minibatch",
     "Noise",
     "Posterior",
+    "Starts",
     "StepWeights",
     "Trains",
 ]

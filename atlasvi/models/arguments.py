@@ -24,7 +24,6 @@ _INSTEAD = {
     "callbacks": "use on_epoch=",
     "simple_progress_bar": "use enable_progress_bar",
     "n_samples_overall": "pass cells= and n_samples= to model.expression",
-    "precision": "training is in float32",
     "strategy": "training is on one device",
 }
 

@@ -6,7 +6,8 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -24,7 +25,14 @@ from atlasvi.infer.decode import Request, chunk_rows, lazy_expression, piece_row
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
-from atlasvi.models.data import Data, LibraryMoments, library_moments, registered, split_cells
+from atlasvi.models.data import (
+    Data,
+    LibraryMoments,
+    gene_shares,
+    library_moments,
+    registered,
+    split_cells,
+)
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
@@ -32,8 +40,14 @@ from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, un
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
-from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
-from atlasvi.types import FieldMap, LossTerms, Minibatch
+from atlasvi.train.schedule import (
+    PLANS,
+    EarlyStopping,
+    TrainingPlan,
+    default_epochs,
+    steps_between_checks,
+)
+from atlasvi.types import FieldMap, LossTerms, Minibatch, Starts
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -45,6 +59,14 @@ Config = TypeVar("Config")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 INFERENCE_BATCH = 1024
+# Cells that the genes' shares are taken from where the decoder starts at them.
+START_CELLS = 4096
+# Cells kept for validation that a schedule which looks at them every few steps looks at.
+MOST_LOOKED_AT = 4096
+# By the names that Lightning and people use.
+PRECISIONS = {
+    "float32": "float32", "32-true": "float32", "32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16",
+}  # fmt: skip
 LARGEST_DENSE = 2 << 30
 
 
@@ -85,7 +107,7 @@ class CountModel(Generic[Config, Module]):
             torch.manual_seed(self.config.seed)  # type: ignore[attr-defined]
             self.module = self.module_type(self.config, self.fields, moments)
         self.module.eval()
-        self.plan = TrainingPlan()
+        self.plan = PLANS["adaptive"]
         self.records: list[EpochRecord] = []
         self.checks: list[Check] = []
         self._split: dict[str, Any] | None = None
@@ -165,11 +187,13 @@ class CountModel(Generic[Config, Module]):
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
         batch_size: int = 128,
-        early_stopping: bool = False,
+        early_stopping: bool | None = None,
         plan_kwargs: Mapping[str, Any] | None = None,
         *,
+        schedule: str | None = None,
+        precision: str = "float32",
         early_stopping_monitor: str = "elbo_validation",
-        early_stopping_patience: int = 45,
+        early_stopping_patience: int | None = None,
         early_stopping_min_delta: float = 0.0,
         check_val_every_n_epoch: int = 1,
         enable_progress_bar: bool = True,
@@ -185,18 +209,24 @@ class CountModel(Generic[Config, Module]):
         """Fit the model by minibatches streamed from where the counts are.
 
         Args:
-            max_epochs: passes over the cells; scvi-tools' rule when ``None`` (400 up to 20,000 cells,
-                then as many as see 8 million cells).
+            max_epochs: most passes over the cells; scvi-tools' rule when ``None`` (400 up to 20,000 cells,
+                then as many as see 8 million cells), of which the adaptive schedule takes few.
             accelerator: ``"auto"``, ``"cpu"`` or ``"gpu"``.
             devices: ``"auto"`` or 1.
             train_size: share of the cells to train on.
             validation_size: share kept for validation; the rest when ``None``.
             shuffle_set_split: choose them at random, or take the first ones.
             batch_size: cells a minibatch.
-            early_stopping: stop when the monitored value no longer falls.
+            early_stopping: stop when the monitored value no longer falls; ``None``: as the schedule has it,
+                where cells are kept for validation.
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
+            schedule: ``"adaptive"``, which looks at the cells kept for validation every few steps, stops when
+                they no longer gain and keeps the best weights, or ``"scvi-tools"``; ``None``: that of
+                ``model.plan``, adaptive unless `SCVI.paper` made it.
+            precision: ``"float32"``, or ``"bf16"``: the factors of the large matrix products are rounded to
+                bfloat16, while weights, sums and likelihood stay float32.
             early_stopping_monitor: a column of ``history``.
-            early_stopping_patience: epochs.
+            early_stopping_patience: epochs without gain; as the schedule has it when ``None``.
             early_stopping_min_delta: nats.
             check_val_every_n_epoch: epochs from one validation to the next.
             enable_progress_bar: show one on standard error.
@@ -234,7 +264,14 @@ class CountModel(Generic[Config, Module]):
         training, held_out, _ = split_cells(**self._split)
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
-        plan = self.plan.with_options(plan_kwargs)
+        plan = self._plan(schedule, precision).with_options(plan_kwargs)
+        if early_stopping is None:
+            early_stopping = plan.patience is not None and len(held_out) > 0
+        if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
+            held_out = held_out[:: -(-len(held_out) // MOST_LOOKED_AT)]
+        between = steps_between_checks(plan, len(held_out), batch_size)
+        in_steps = early_stopping_patience is None and plan.patience is not None and between is not None
+        patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
         minibatches = Epochs(
@@ -257,6 +294,9 @@ class CountModel(Generic[Config, Module]):
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
+        if plan.start_at_means and not resume and isinstance(self.module, Starts):
+            some = islice(minibatches(0), max(1, START_CELLS // batch_size))
+            self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
         label = "train, counts kept in memory" if minibatches.keeps else "train"
         with bar(label, max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
@@ -279,17 +319,25 @@ class CountModel(Generic[Config, Module]):
                 seed=seed,
                 device=device,
                 early_stopping=EarlyStopping(
-                    early_stopping_monitor, early_stopping_patience, early_stopping_min_delta
+                    early_stopping_monitor, patience, early_stopping_min_delta, in_steps
                 )
                 if early_stopping
                 else None,
                 validate_every=check_val_every_n_epoch,
+                steps_between_checks=between,
                 checkpoints=None
                 if checkpoint is None
                 else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
                 listeners=Listeners(after_step, after_epoch, self.checks.append),
             )
             self.records, self.checks = progress.records, progress.checks
+
+    def _plan(self, schedule: str | None, precision: str) -> TrainingPlan:
+        if schedule is not None:
+            one_of("schedule", schedule, tuple(PLANS))
+        one_of("precision", precision, tuple(PRECISIONS))
+        plan = self.plan if schedule is None else PLANS[schedule]
+        return replace(plan, matmul_dtype=PRECISIONS[precision])
 
     @property
     def is_trained(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
@@ -13,7 +15,7 @@ from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import Codes, from_uns
 from atlasvi.store.stats import LibraryMoments, LogTotals, count_cells
-from atlasvi.types import FieldMap
+from atlasvi.types import FieldMap, Minibatch
 
 if TYPE_CHECKING:
     import anndata
@@ -69,4 +71,13 @@ def split_cells(
     return np.sort(cuts[0]), np.sort(cuts[1]), np.sort(cuts[2])
 
 
-__all__ = ["Data", "LibraryMoments", "library_moments", "registered", "split_cells"]
+def gene_shares(minibatches: Iterable[Minibatch], n_vars: int) -> torch.Tensor:
+    """``(G,)`` float32, the genes' shares of all counts, half a count added to each so that none is 0."""
+    totals = torch.full((n_vars,), 0.5, dtype=torch.float64)
+    for minibatch in minibatches:
+        counts = minibatch.counts
+        totals.index_add_(0, counts.indices.long().cpu(), counts.data.double().cpu())
+    return (totals / totals.sum()).float()
+
+
+__all__ = ["Data", "LibraryMoments", "gene_shares", "library_moments", "registered", "split_cells"]

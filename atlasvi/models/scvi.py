@@ -132,6 +132,12 @@ class SCVIModule(nn.Module):
             self.register_buffer("library_log_mean", torch.tensor(library.log_mean, dtype=torch.float32))
             self.register_buffer("library_log_var", torch.tensor(library.log_var, dtype=torch.float32))
 
+    @torch.no_grad()
+    def start_at(self, shares: torch.Tensor) -> None:
+        """Let rho start near the genes' shares, so that no steps are spent on finding them."""
+        if not self.has_size_factor:
+            self.decoder.scale.bias.copy_(shares.log())
+
     def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z | x)."""
         posterior: Posterior = self.encoder(minibatch.counts, _covariates(minibatch), noise)

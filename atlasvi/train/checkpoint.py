@@ -51,9 +51,11 @@ class Progress:
         """Whether there was a look since the last step."""
         return bool(self.checks) and self.checks[-1].step == self.step
 
-    def monitored(self, name: str) -> list[float]:
-        """What there is of a column of the history: of looks if it is of validation, else of epochs."""
-        return [getattr(one, name) for one in (self.checks if name.endswith("validation") else self.records)]
+    def monitored(self, name: str) -> tuple[list[float], list[int]]:
+        """A column of the history, of looks if of validation, else of epochs; and after how many steps."""
+        if name.endswith("validation"):
+            return [getattr(check, name) for check in self.checks], [check.step for check in self.checks]
+        return [getattr(record, name) for record in self.records], [record.step for record in self.records]
 
     def close_epoch(self, plan: TrainingPlan, lr: float) -> EpochRecord:
         """Make the record of the epoch under way, and begin the next."""
@@ -62,7 +64,7 @@ class Progress:
         held_out = [getattr(check, name) for check in checks for name in names] or [None] * 3
         record = EpochRecord(
             self.epoch, *self.sums.means(), *held_out, plan.kl_weight(self.epoch, max(self.step - 1, 0)), lr,
-            self.seconds, self.sums.n / max(self.seconds, 1e-9),
+            self.seconds, self.sums.n / max(self.seconds, 1e-9), self.step,
         )  # fmt: skip
         self.records.append(record)
         self.epoch, self.minibatch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, TermSums()

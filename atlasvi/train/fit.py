@@ -90,6 +90,9 @@ class Run:
         self.average = None if averaging is None else Averaged(self.module, averaging)
         self.best: dict[str, torch.Tensor] = {}
         self.begun = time.perf_counter()
+        for layer in self.module.modules():
+            if isinstance(layer, torch.nn.BatchNorm1d):
+                layer.momentum = self.plan.batch_norm_momentum
 
     @property
     def elapsed(self) -> float:
@@ -200,6 +203,7 @@ def fit(
     device: torch.device,
     early_stopping: EarlyStopping | None = None,
     validate_every: int = 1,
+    steps_between_checks: int | None = None,
     checkpoints: Checkpoints | None = None,
     listeners: Listeners | None = None,
 ) -> Progress:
@@ -214,7 +218,8 @@ def fit(
         seed: of the noise (dropout, reparameterisation), which is keyed by (seed, step, cell).
         device: where to compute.
         early_stopping: when to stop before ``max_epochs``.
-        validate_every: epochs from one validation to the next, where the plan has it by epochs.
+        validate_every: epochs from one look at validation to the next.
+        steps_between_checks: further looks within an epoch.
         checkpoints: where to write the run, and whether to go on from there.
         listeners: who is told how it goes.
 
@@ -234,8 +239,8 @@ def fit(
         run.load()
     at = run.progress
     written = time.perf_counter()
-    looks = plan.n_steps_per_check if validation is not None else None
-    restores = early_stopping is not None and looks is not None
+    looks = steps_between_checks if validation is not None else None
+    restores = early_stopping is not None and early_stopping.in_steps
 
     def look() -> None:
         assert validation is not None
@@ -246,7 +251,7 @@ def fit(
             listeners.check(found)
 
     def is_over() -> bool:
-        return early_stopping is not None and early_stopping.says_stop(at.monitored(early_stopping.monitor))
+        return early_stopping is not None and early_stopping.says_stop(*at.monitored(early_stopping.monitor))
 
     def save_if_due(now: bool) -> None:
         nonlocal written
@@ -276,7 +281,7 @@ def fit(
             run.weights_must_be_finite(last)
         at.seconds += time.perf_counter() - started
         is_last = at.epoch + 1 == max_epochs
-        is_due = not looks and (at.epoch + 1) % validate_every == 0
+        is_due = (at.epoch + 1) % validate_every == 0
         if validation is not None and (is_due or is_last) and not at.has_looked:
             look()
         record = at.close_epoch(plan, run.optimizer.param_groups[0]["lr"])

@@ -33,6 +33,7 @@ class EpochRecord:
     lr: float
     seconds: float
     cells_per_second: float
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,12 @@ class TrainingPlan:
         n_steps_lr_warmup: steps over which the rate rises to ``lr``.
         averaging: decay, a step, of the average of the weights that is looked at and kept; ``None``: the
             weights themselves.
-        n_steps_per_check: steps from one look at the cells kept for validation to the next; ``None``: by
-            epochs.
+        n_steps_per_check: least steps from one look at the cells kept for validation to the next within an
+            epoch; ``None``: they are looked at after epochs only.
         start_at_means: whether the decoder's bias starts at the genes' mean shares of the counts.
-        patience: looks without gain after which training ends, where it is to end by itself.
+        patience: times ``n_steps_per_check`` without gain after which training ends by itself; ``None``: it
+            does not.
+        batch_norm_momentum: how fast the statistics that batch norm has outside of training follow.
         matmul_dtype: ``"float32"`` or ``"bfloat16"``, what the factors of the large products are rounded to;
             weights and sums are float32.
     """
@@ -62,6 +64,7 @@ class TrainingPlan:
     n_steps_per_check: int | None = None
     start_at_means: bool = False
     patience: int | None = None
+    batch_norm_momentum: float = 0.01
     matmul_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -135,28 +138,50 @@ class TrainingPlan:
         )
 
 
+# By name, as `train` takes them. What the numbers of the first come from is in docs/training.md.
+PLANS = {
+    "adaptive": TrainingPlan(
+        lr=0.03, eps=0.01, n_steps_lr_warmup=40, n_epochs_kl_warmup=None, n_steps_kl_warmup=100,
+        averaging=0.97, n_steps_per_check=25, start_at_means=True, patience=8, batch_norm_momentum=0.1,
+    ),
+    "scvi-tools": TrainingPlan(),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class EarlyStopping:
-    """Stop when ``monitor`` has not fallen by ``min_delta`` for ``patience`` epochs.
+    """Stop when ``monitor`` has not fallen by ``min_delta`` for ``patience`` epochs, or steps.
 
     Args:
         monitor: a column of the history; lower is better.
-        patience: epochs, as scvi-tools counts them (validation runs each epoch).
+        patience: looks, which are epochs as scvi-tools counts them (validation runs each epoch); or steps.
         min_delta: nats a cell.
+        in_steps: whether ``patience`` is in steps.
     """
 
     monitor: str = "elbo_validation"
     patience: int = 45
     min_delta: float = 0.0
+    in_steps: bool = False
 
-    def says_stop(self, values: list[float]) -> bool:
-        """Whether to stop after these values, the latest last."""
-        best, since = float("inf"), 0
-        for value in values:
-            since += 1
+    def says_stop(self, values: list[float], steps: list[int] | None = None) -> bool:
+        """Whether to stop after these values, the latest last, and taken after so many steps each."""
+        best, best_at, now = float("inf"), 0, 0
+        for i, value in enumerate(values):
+            now = steps[i] if self.in_steps and steps is not None else i + 1
             if value < best - self.min_delta:
-                best, since = value, 0
-        return since >= self.patience
+                best, best_at = value, now
+        return bool(values) and now - best_at >= self.patience
+
+
+def steps_between_checks(plan: TrainingPlan, n_validation: int, batch_size: int) -> int | None:
+    """Steps from one look at validation to the next: so many that looking takes a tenth of the time at most.
+
+    A cell that is looked at costs a third of one that is trained on.
+    """
+    if plan.n_steps_per_check is None or not n_validation:
+        return None
+    return max(plan.n_steps_per_check, -(-4 * n_validation // batch_size))
 
 
 def default_epochs(n_obs: int) -> int:
