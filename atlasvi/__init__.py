@@ -19,6 +19,7 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.ldvae import LinearSCVI
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SCVI", "Atlas", "AtlasviError", "Simulation", "ingest", "open"]
+__all__ = ["SCVI", "Atlas", "AtlasviError", "LinearSCVI", "Simulation", "ingest", "open"]
 
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
     "Atlas": "atlasvi.store.atlas",
+    "LinearSCVI": "atlasvi.models.ldvae",
     "AtlasviError": "atlasvi.errors",
     "Simulation": "atlasvi.simulate",
     "ingest": "atlasvi.store.ingest",

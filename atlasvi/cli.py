@@ -225,11 +225,16 @@ def train(
     gene_mask: Annotated[
         str, typer.Option(help="Boolean column of var that chooses genes; 'auto' or 'none'.")
     ] = "auto",
-    likelihood: Annotated[str, typer.Option(help="zinb, nb, zip or poisson.")] = "zinb",
-    dispersion: Annotated[str, typer.Option(help="gene, gene-batch, gene-label or gene-cell.")] = "gene",
-    n_latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
-    n_hidden: Annotated[int, typer.Option(help="Width of hidden layers.")] = 128,
-    n_layers: Annotated[int, typer.Option(help="Hidden layers.")] = 1,
+    model: Annotated[str, typer.Option(help="scvi, linearscvi, ...")] = "scvi",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the model, as in Python; repeat for more."),
+    ] = None,
+    likelihood: Annotated[str | None, typer.Option(help="zinb, nb, zip or poisson.")] = None,
+    dispersion: Annotated[str | None, typer.Option(help="gene, gene-batch, gene-label or gene-cell.")] = None,
+    n_latent: Annotated[int | None, typer.Option(help="Dimensions of the latent.")] = None,
+    n_hidden: Annotated[int | None, typer.Option(help="Width of hidden layers.")] = None,
+    n_layers: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
     max_epochs: Annotated[
         int | None, typer.Option(help="Passes over the cells; default by their number.")
@@ -250,40 +255,45 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train scVI on an atlas, streamed from disk.
+    """Train scVI, or another model, on an atlas, streamed from disk.
 
     Writes a model folder, with a log of the ELBO terms (history.csv) and a checkpoint to resume from.
 
     Example: atlasvi train atlas.zarr -o model --batch-key donor
     """
     from atlasvi.errors import ModelError
+    from atlasvi.models import by_name
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
-    from atlasvi.models.scvi import SCVI
     from atlasvi.train.history import CsvLog
 
+    kind = by_name(model)
+    given = {
+        "gene_likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "n_hidden": n_hidden,
+        "n_layers": n_layers, "seed": seed,
+    }  # fmt: skip
+    if paper:
+        given |= {"use_observed_lib_size": False, "encode_covariates": True}
+    options = _options_of(kind, given, option or [])
     check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
     data = _open(atlases, layer)
-    SCVI.setup_anndata(
+    kind.setup_anndata(
         data, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
         categorical_covariate_keys=categorical_covariate, continuous_covariate_keys=continuous_covariate,
         gene_mask=None if gene_mask == "none" else gene_mask,
     )  # fmt: skip
-    model = SCVI(
-        data, n_hidden, n_latent, n_layers, dispersion=dispersion, gene_likelihood=likelihood, seed=seed,
-        use_observed_lib_size=not paper, encode_covariates=paper,
-    )  # fmt: skip
-    model.train(
+    trained = kind(data, **options)
+    trained.train(
         max_epochs, accelerator, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
         plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
         checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
         memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
     )  # fmt: skip
-    model.save(out, overwrite=True)
-    last = model.records[-1]
+    trained.save(out, overwrite=True)
+    last = trained.records[-1]
     held_out = "" if last.elbo_validation is None else f", {last.elbo_validation:,.1f} on held-out cells"
-    typer.echo(f"{len(model.records)} epochs, -ELBO {last.elbo_train:,.1f}{held_out} -> {out}")
+    typer.echo(f"{len(trained.records)} epochs, -ELBO {last.elbo_train:,.1f}{held_out} -> {out}")
 
 
 @app.command()
@@ -301,10 +311,10 @@ def latent(
     Example: atlasvi latent model atlas.zarr
     """
     from atlasvi.infer.write import write_latent
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
     from atlasvi.progress import bar
 
-    trained = SCVI.load(model, _open(atlases))
+    trained = load(model, _open(atlases))
     with bar("latent", trained.atlas.n_obs, "cells") as advance:
         write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
     where = out or ", ".join(atlases)
@@ -333,7 +343,7 @@ def decode(
     """
     from atlasvi.errors import OptionError
     from atlasvi.infer.write import write_expression
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
     from atlasvi.progress import bar
 
     try:
@@ -342,7 +352,7 @@ def decode(
         raise OptionError(f"--library-size {library_size!r} is neither a number nor 'latent'") from None
     if out.resolve() in (Path(atlas).resolve(), model.resolve()):
         raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
-    trained = SCVI.load(model, atlas)
+    trained = load(model, atlas)
     rho = trained.expression(
         genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples, seed=seed
     )
@@ -368,6 +378,43 @@ def demo(
 
     report = run(out, n_obs=cells, n_vars=genes, max_epochs=epochs, seed=seed)
     typer.echo(f"report: {report}")
+
+
+def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """Arguments of a model: those given as options of their own, and as NAME=VALUE."""
+    from dataclasses import fields
+
+    from atlasvi.errors import OptionError
+
+    defaults = {field.name: field.default for field in fields(kind.config_type)}
+    options = {name: value for name, value in given.items() if value is not None}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"--option {text!r} must be NAME=VALUE, such as n_latent=10")
+        options[name] = value
+    for name, value in options.items():
+        if name not in defaults:
+            raise OptionError(f"{kind.__name__} has no argument {name!r}; it has {', '.join(defaults)}")
+        if isinstance(value, str):
+            options[name] = _as_type_of(defaults[name], name, value)
+    return options
+
+
+def _as_type_of(default: Any, name: str, text: str) -> Any:
+    from atlasvi.errors import OptionError
+
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise OptionError(f"{name}={text!r} must be true or false")
+        return text.lower() == "true"
+    if isinstance(default, int | float):
+        try:
+            return type(default)(text)
+        except ValueError:
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise OptionError(f"{name}={text!r} must be {kind}") from None
+    return text
 
 
 def _open(places: list[str], layer: str | None = None) -> Atlas:

@@ -27,7 +27,7 @@ from torch import nn
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
 from atlasvi.models.base import CountModel, LibraryMoments, one_of
-from atlasvi.nn.decoder import Decoder
+from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
 from atlasvi.train.schedule import TrainingPlan
@@ -93,44 +93,50 @@ class SCVIModule(nn.Module):
         self.has_size_factor = fields.size_factor_key is not None
         self.library_is_latent = not (config.use_observed_lib_size or self.has_size_factor)
 
-        levels = (fields.n_batch, *fields.n_levels)
-        n_continuous = len(fields.continuous_covariate_keys)
-        encoded = config.encode_covariates
-
-        def mlp(n_in: int, n_layers: int, part: str, covariates: bool, dropout: float, stream: int) -> MLP:
-            return MLP(
-                n_in, config.n_hidden, n_layers,
-                levels if covariates else (), n_continuous if covariates else 0,
-                inject=config.deeply_inject_covariates, dropout_rate=dropout,
-                batch_norm=config.use_batch_norm in (part, "both"),
-                layer_norm=config.use_layer_norm in (part, "both"),
-                stream=stream,
-            )  # fmt: skip
-
+        encoded = fields if config.encode_covariates else None
         self.encoder = Encoder(
-            mlp(fields.n_vars, config.n_layers, "encoder", encoded, config.dropout_rate, _ENCODER_DROPOUT),
+            self.mlp("encoder", fields.n_vars, config.n_layers, encoded, _ENCODER_DROPOUT),
             config.n_hidden,
             config.n_latent,
         )
-        self.decoder = Decoder(
-            mlp(config.n_latent, config.n_layers, "decoder", True, 0.0, 0),
-            config.n_hidden,
-            fields.n_vars,
-            has_pi=self.likelihood.has_pi,
-            has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
-        )
+        self.decoder = self.make_decoder(fields)
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
             rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
             self.log_theta = nn.Parameter(torch.randn(rows[config.dispersion], fields.n_vars))
         if self.library_is_latent:
             assert library is not None
             self.library_encoder = Encoder(
-                mlp(fields.n_vars, 1, "encoder", encoded, config.dropout_rate, _LIBRARY_DROPOUT),
+                self.mlp("encoder", fields.n_vars, 1, encoded, _LIBRARY_DROPOUT),
                 config.n_hidden,
                 1,
             )
             self.register_buffer("library_log_mean", torch.tensor(library.log_mean, dtype=torch.float32))
             self.register_buffer("library_log_var", torch.tensor(library.log_var, dtype=torch.float32))
+
+    def mlp(self, part: str, n_in: int, n_layers: int, covariates: FieldMap | None, stream: int = 0) -> MLP:
+        """Hidden layers of the ``"encoder"`` or ``"decoder"``; only those of encoders drop out."""
+        config = self.config
+        return MLP(
+            n_in, config.n_hidden, n_layers,
+            levels_of(covariates) if covariates else (),
+            len(covariates.continuous_covariate_keys) if covariates else 0,
+            inject=config.deeply_inject_covariates,
+            dropout_rate=config.dropout_rate if part == "encoder" else 0.0,
+            batch_norm=config.use_batch_norm in (part, "both"),
+            layer_norm=config.use_layer_norm in (part, "both"),
+            stream=stream,
+        )  # fmt: skip
+
+    def make_decoder(self, fields: FieldMap) -> Decoder | LinearDecoder:
+        """From z to logits: hidden layers, then heads."""
+        config = self.config
+        return Decoder(
+            self.mlp("decoder", config.n_latent, config.n_layers, fields),
+            config.n_hidden,
+            fields.n_vars,
+            has_pi=self.likelihood.has_pi,
+            has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
+        )
 
     def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z | x)."""
@@ -214,6 +220,11 @@ class SCVIModule(nn.Module):
         if genes is None:
             return F.log_softmax(decoder.scale(h), dim=-1)
         return decoder.genes(decoder.scale, h, genes) - decoder.log_normaliser(h)
+
+
+def levels_of(fields: FieldMap) -> tuple[int, ...]:
+    """Numbers of levels of the codes in `_covariates`: batches, then further categorical covariates."""
+    return (fields.n_batch, *fields.n_levels)
 
 
 def _covariates(minibatch: Minibatch) -> Covariates:
