@@ -19,6 +19,7 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
     from atlasvi.models.ldvae import LinearSCVI
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
@@ -27,10 +28,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SCVI", "Atlas", "AtlasviError", "LinearSCVI", "Simulation", "ingest", "open"]
+__all__ = [
+    "PCA",
+    "PPCA",
+    "SCVI",
+    "Atlas",
+    "AtlasviError",
+    "FactorAnalysis",
+    "LinearSCVI",
+    "Simulation",
+    "ingest",
+    "open",
+]
 
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
+    "PCA": "atlasvi.models.factor",
+    "PPCA": "atlasvi.models.factor",
+    "FactorAnalysis": "atlasvi.models.factor",
     "Atlas": "atlasvi.store.atlas",
     "LinearSCVI": "atlasvi.models.ldvae",
     "AtlasviError": "atlasvi.errors",

@@ -210,6 +210,7 @@ def _spread(values: Any) -> str:
 
 @app.command()
 def train(
+    ctx: typer.Context,
     atlases: Atlases,
     out: Out,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
@@ -263,6 +264,7 @@ def train(
     """
     from atlasvi.errors import ModelError
     from atlasvi.models import by_name
+    from atlasvi.models.factor import FactorModel
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
     from atlasvi.train.history import CsvLog
 
@@ -284,16 +286,24 @@ def train(
         gene_mask=None if gene_mask == "none" else gene_mask,
     )  # fmt: skip
     trained = kind(data, **options)
-    trained.train(
-        max_epochs, accelerator, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
-        plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
-        checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-        memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
-    )  # fmt: skip
+    if issubclass(kind, FactorModel):
+        _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
+        trained.train(
+            max_epochs, train_size, seed=seed, memory_budget=memory_budget,
+            on_epoch=CsvLog(out / LOG, append=False),
+        )  # fmt: skip
+    else:
+        trained.train(
+            max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
+            early_stopping=early_stopping,
+            plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
+            checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
+            memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
+        )  # fmt: skip
     trained.save(out, overwrite=True)
     last = trained.records[-1]
     held_out = "" if last.elbo_validation is None else f", {last.elbo_validation:,.1f} on held-out cells"
-    typer.echo(f"{len(trained.records)} epochs, -ELBO {last.elbo_train:,.1f}{held_out} -> {out}")
+    typer.echo(f"{len(trained.records)} epochs, {kind.loss_name} {last.elbo_train:,.1f}{held_out} -> {out}")
 
 
 @app.command()
@@ -378,6 +388,21 @@ def demo(
 
     report = run(out, n_obs=cells, n_vars=genes, max_epochs=epochs, seed=seed)
     typer.echo(f"report: {report}")
+
+
+# Options of `train` that a model fitted by passes over the cells has no use for.
+_OF_MINIBATCHES = (
+    "accelerator", "batch_size", "early_stopping", "lr", "kl_warmup_epochs", "checkpoint_every", "resume"
+)  # fmt: skip
+
+
+def _refuse_what_was_given(ctx: typer.Context, name: str, options: tuple[str, ...]) -> None:
+    from atlasvi.errors import OptionError
+
+    for option in options:
+        source = ctx.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise OptionError(f"{name} has no use for --{option.replace('_', '-')}; leave it out")
 
 
 def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str, Any]:

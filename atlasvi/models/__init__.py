@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
     "LinearSCVI": "atlasvi.models.ldvae",
+    "PCA": "atlasvi.models.factor",
+    "PPCA": "atlasvi.models.factor",
+    "FactorAnalysis": "atlasvi.models.factor",
 }
 
 

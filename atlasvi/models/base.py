@@ -33,7 +33,7 @@ from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
-from atlasvi.types import FieldMap, LossTerms, Minibatch
+from atlasvi.types import Decodes, FieldMap, LossTerms, Minibatch
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -59,6 +59,8 @@ class CountModel(Generic[Config, Module]):
 
     config_type: ClassVar[type]
     module_type: ClassVar[type]
+    needs_many_cells: ClassVar[bool] = True
+    loss_name: ClassVar[str] = "-ELBO"
 
     atlas: Atlas | None
     fields: FieldMap
@@ -70,7 +72,7 @@ class CountModel(Generic[Config, Module]):
         self.atlas, self.fields = registered(adata, type(self).__name__)
         self.config = config
         self._codes: Codes | None = resolve(self.fields, self.atlas)
-        if self.atlas.n_obs < self.fields.n_vars:
+        if self.needs_many_cells and self.atlas.n_obs < self.fields.n_vars:
             warnings.warn(
                 f"{self.atlas.n_obs:,} cells for {self.fields.n_vars:,} genes: the scVI paper found "
                 "underfitting with fewer cells than genes; select genes (gene_mask=) or use PCA",
@@ -447,6 +449,8 @@ class CountModel(Generic[Config, Module]):
             True
         """
         self._must_be_trained()
+        if not isinstance(self.module, Decodes):
+            raise OptionError(f"{type(self).__name__} has no normalised expression; SCVI and DCA have")
         if n_samples < 1:
             raise OptionError(f"n_samples must be at least 1, is {n_samples}")
         if isinstance(library_size, str) and library_size != "latent":

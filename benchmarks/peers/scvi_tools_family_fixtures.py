@@ -5,8 +5,8 @@ Run with the peer's Python (`scvi_tools_env.sh` makes it), from the root of the 
     DIR/bin/python -m benchmarks.peers.scvi_tools_family_fixtures tests/oracle/fixtures
 
 `scvi_tools_family.json` says how each case was built, `scvi_tools_family.npz` holds the numbers, laid out
-as in `scvi_tools.npz`. Every weight is drawn at random. Draws of z, of the library size and of SCANVI's second
-latent are the epsilons in `data`: zero in evaluation, and those numbers where a case has gradients.
+as in `scvi_tools.npz`. Every weight is drawn at random. Draws of z, of the library size and of SCANVI's
+second latent are the epsilons in `data`: zero in evaluation, and those numbers where a case has gradients.
 """
 
 from __future__ import annotations

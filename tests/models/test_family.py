@@ -10,15 +10,19 @@ import atlasvi
 from atlasvi.cli import main
 from atlasvi.errors import ModelError, OptionError
 from atlasvi.models import by_name, load
-from atlasvi.models.base import CountModel
+from atlasvi.models.factor import FactorModel
 
 # Name in lower case -> columns to set up, arguments.
 SETUP = {"batch_key": "batch", "gene_mask": None}
 FAMILY = {
     "scvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "linearscvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
+    "pca": ({"gene_mask": None}, {"n_latent": 3}),
+    "ppca": ({"gene_mask": None}, {"n_latent": 3}),
+    "factoranalysis": ({"gene_mask": None}, {"n_latent": 3}),
 }
-TRAINED = [name for name in FAMILY if issubclass(by_name(name), CountModel)]
+FACTORS = [name for name in FAMILY if issubclass(by_name(name), FactorModel)]
+TRAINED = [name for name in FAMILY if name not in FACTORS]
 
 
 def build(name, data):
@@ -74,6 +78,33 @@ def test_the_command_trains_it_from_a_store_to_the_same_weights(name, small_stor
     with atlasvi.open(small_store) as atlas:
         here = train(build(name, atlas))
         np.testing.assert_array_equal(answer(from_command), answer(here))
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_command_fits_a_factor_model_and_writes_its_latents(name, adata, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "atlas.zarr"
+    atlasvi.ingest(adata, store)
+    with pytest.raises(SystemExit) as end:
+        on_command_line(name, store, tmp_path / "m", monkeypatch)
+    assert end.value.code == 0
+    assert build(name, adata).loss_name in capsys.readouterr().out
+    monkeypatch.setattr(
+        sys, "argv", ["atlasvi", "latent", str(tmp_path / "m"), str(store), "--key", "X_mine"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    here = build(name, adata)
+    here.train(enable_progress_bar=False)
+    with atlasvi.open(store) as atlas:
+        written = np.concatenate([block for block in load(tmp_path / "m", atlas).latent_blocks()])
+    np.testing.assert_allclose(written, here.get_latent_representation(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_option_that_a_factor_model_has_no_use_for_is_refused(small_store, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        on_command_line("pca", small_store, tmp_path / "m", monkeypatch, "--lr", "0.1")
+    assert end.value.code == 1
+    assert "PCA has no use for --lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TRAINED)
