@@ -19,6 +19,7 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.dca import DCA
     from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
     from atlasvi.models.ldvae import LinearSCVI
     from atlasvi.models.scvi import SCVI
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DCA",
     "PCA",
     "PPCA",
     "SCVI",
@@ -43,6 +45,7 @@ __all__ = [
 
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
+    "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",
     "FactorAnalysis": "atlasvi.models.factor",

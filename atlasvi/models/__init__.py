@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
     "LinearSCVI": "atlasvi.models.ldvae",
+    "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",
     "FactorAnalysis": "atlasvi.models.factor",

@@ -74,6 +74,38 @@ class InputLinear(nn.Module):
         return y
 
 
+class StandardisedLinear(InputLinear):
+    """``y = ((log(1 + x / s) - m) / d) W + b``, s the cell's total over the median total: DCA's first layer.
+
+    The counts stay sparse: d is divided out of W, and what m takes off is a constant.
+
+    Args:
+        n_in: width of ``x``.
+        n_out: width of ``y``.
+    """
+
+    median_total: torch.Tensor
+    gene_mean: torch.Tensor
+    gene_deviation: torch.Tensor
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.register_buffer("median_total", torch.ones(()))
+        self.register_buffer("gene_mean", torch.zeros(n_in))
+        self.register_buffer("gene_deviation", torch.ones(n_in))
+
+    def size_factor(self, x: CSR) -> torch.Tensor:
+        """``(B,)``; a cell without counts has that of one count."""
+        return x.row_sums().clamp(min=1) / self.median_total
+
+    def forward(self, x: torch.Tensor | CSR, covariates: Covariates) -> torch.Tensor:
+        """``(B, n_out)``."""
+        assert isinstance(x, CSR)
+        weight = self.weight / self.gene_deviation.unsqueeze(1)
+        bias = self.bias - self.gene_mean @ weight
+        return csr_linear(x, weight, bias, transform="log1p", scale=1 / self.size_factor(x))
+
+
 class MLP(nn.Module):
     """Hidden layers as scvi-tools lays them: linear, batch norm, layer norm, ReLU, dropout.
 

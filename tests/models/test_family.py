@@ -17,6 +17,7 @@ SETUP = {"batch_key": "batch", "gene_mask": None}
 FAMILY = {
     "scvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "linearscvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
+    "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
     "ppca": ({"gene_mask": None}, {"n_latent": 3}),
     "factoranalysis": ({"gene_mask": None}, {"n_latent": 3}),
