@@ -12,8 +12,8 @@ Model of cell n, for genes g (equations of the paper's Methods)::
 
 What is minimised is ``-log p(x) + ridge * sum over g of pi_ng^2``, the mean over cells. ``exp(h W_mu)`` is
 held between 1e-5 and 1e6 and theta between 1e-4 and 1e4, as published. Otherwise than published: theta is an
-exponential (5), where the authors' code has softplus for one of a cell and gene; batch norms have a scale; the
-optimiser is Adam.
+exponential (5), where the authors' code has softplus for one of a cell and gene; batch norms have a scale;
+the optimiser is Adam.
 
 The denoised counts are mu; those of cells as deep as the median are ``exp(h W_mu)``.
 """

@@ -186,16 +186,20 @@ class SCVIModule(nn.Module):
         decoder = self.decoder
         h = decoder.hidden(z, _covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
-        if not self.has_size_factor:
+        if isinstance(decoder, Decoder) and not self.has_size_factor:
             return self.likelihood.log_prob_of_heads(
                 minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
                 theta_index=theta_index, matmul_dtype=matmul_dtype,
             )  # fmt: skip
-        # scvi-tools gives up the softmax here: mu = size factor * softplus.
+        logits = decoder.scale(h)
+        if self.has_size_factor:
+            # scvi-tools gives up the softmax here: mu = size factor * softplus.
+            logits = F.softplus(logits).log()
         return self.likelihood.log_prob(
-            minibatch.counts, F.softplus(decoder.scale(h)).log(), library,
+            minibatch.counts, logits, library,
             theta(h).exp() if isinstance(theta, nn.Linear) else theta,
-            None if decoder.pi is None else decoder.pi(h), theta_index=theta_index, mean="exp",
+            None if decoder.pi is None else decoder.pi(h),
+            theta_index=theta_index, mean="exp" if self.has_size_factor else "softmax",
         )  # fmt: skip
 
     def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
