@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -220,7 +221,7 @@ class CountModel(Generic[Config, Module]):
         if check_val_every_n_epoch < 1:
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
-        max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
+        max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
         device = choose_device(accelerator, devices)
@@ -239,10 +240,11 @@ class CountModel(Generic[Config, Module]):
         plan = self.plan.with_options(plan_kwargs)
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
-        minibatches = Epochs(
-            atlas, codes, batch_size=batch_size, seed=seed, positions=training, num_workers=num_workers,
+        epochs = partial(
+            Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
             memory_budget=memory_budget,
         )  # fmt: skip
+        minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
             atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
             num_workers=num_workers, memory_budget=memory_budget,
@@ -292,6 +294,13 @@ class CountModel(Generic[Config, Module]):
                 listeners=Listeners(after_step, after_epoch, self.checks.append),
             )
             self.records, self.checks = progress.records, progress.checks
+
+    def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
+        """Epochs of the cells to train on, with whatever a model wants beside them."""
+        return epochs(positions=training)
+
+    def _default_epochs(self, n_obs: int) -> int:
+        return default_epochs(n_obs)
 
     @property
     def is_trained(self) -> bool:
@@ -535,11 +544,9 @@ class CountModel(Generic[Config, Module]):
             return values
         import pandas as pd
 
-        atlas, _ = self._data(adata)
-        names = atlas.obs_names.astype(object)
         return pd.DataFrame(
             values,
-            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
+            index=self._names(adata, indices),
             columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
         )
 
@@ -640,6 +647,11 @@ class CountModel(Generic[Config, Module]):
         return (
             atlas.row_numbers if indices is None else atlas.row_numbers[cell_positions(indices, atlas.n_obs)]
         )
+
+    def _names(self, data: Data | None, indices: Any) -> NDArray[np.object_]:
+        atlas = self._data(data)[0]
+        names: NDArray[np.object_] = atlas.obs_names.astype(object)
+        return names if indices is None else names[cell_positions(indices, atlas.n_obs)]
 
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
