@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from atlasvi.models.dca import DCA
     from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
     from atlasvi.models.ldvae import LinearSCVI
+    from atlasvi.models.scanvi import SCANVI
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
@@ -33,6 +34,7 @@ __all__ = [
     "DCA",
     "PCA",
     "PPCA",
+    "SCANVI",
     "SCVI",
     "Atlas",
     "AtlasviError",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "SCANVI": "atlasvi.models.scanvi",
     "SCVI": "atlasvi.models.scvi",
     "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",

@@ -215,6 +215,9 @@ def train(
     out: Out,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with labels.")] = None,
+    unlabeled_category: Annotated[
+        str | None, typer.Option(help="Label of the cells that have none, for scanvi.")
+    ] = None,
     layer: Annotated[str | None, typer.Option(help="Where the counts are; default X.")] = None,
     size_factor_key: Annotated[str | None, typer.Option(help="Column of obs with size factors.")] = None,
     categorical_covariate: Annotated[
@@ -262,7 +265,7 @@ def train(
 
     Example: atlasvi train atlas.zarr -o model --batch-key donor
     """
-    from atlasvi.errors import ModelError
+    from atlasvi.errors import ModelError, OptionError
     from atlasvi.models import by_name
     from atlasvi.models.factor import FactorModel
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
@@ -276,12 +279,15 @@ def train(
     if paper:
         given |= {"use_observed_lib_size": False, "encode_covariates": True}
     options = _options_of(kind, given, option or [])
+    if unlabeled_category is not None and model.lower() != "scanvi":
+        raise OptionError(f"--unlabeled-category is for --model scanvi, not {model}; leave it out")
     check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
     data = _open(atlases, layer)
+    more = {} if unlabeled_category is None else {"unlabeled_category": unlabeled_category}
     kind.setup_anndata(
-        data, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
+        data, **more, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
         categorical_covariate_keys=categorical_covariate, continuous_covariate_keys=continuous_covariate,
         gene_mask=None if gene_mask == "none" else gene_mask,
     )  # fmt: skip
@@ -411,7 +417,7 @@ def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str,
 
     from atlasvi.errors import OptionError
 
-    defaults = {field.name: field.default for field in fields(kind.config_type)}
+    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(kind.config_type)}
     options = {name: value for name, value in given.items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -419,26 +425,27 @@ def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str,
             raise OptionError(f"--option {text!r} must be NAME=VALUE, such as n_latent=10")
         options[name] = value
     for name, value in options.items():
-        if name not in defaults:
-            raise OptionError(f"{kind.__name__} has no argument {name!r}; it has {', '.join(defaults)}")
+        if name not in types:
+            raise OptionError(f"{kind.__name__} has no argument {name!r}; it has {', '.join(types)}")
         if isinstance(value, str):
-            options[name] = _as_type_of(defaults[name], name, value)
+            options[name] = _as_type(types[name], name, value)
     return options
 
 
-def _as_type_of(default: Any, name: str, text: str) -> Any:
+def _as_type(kind: str, name: str, text: str) -> Any:
     from atlasvi.errors import OptionError
 
-    if isinstance(default, bool):
+    if kind == "bool":
         if text.lower() not in ("true", "false"):
             raise OptionError(f"{name}={text!r} must be true or false")
         return text.lower() == "true"
-    if isinstance(default, int | float):
+    if kind in ("int", "float"):
         try:
-            return type(default)(text)
+            return int(text) if kind == "int" else float(text)
         except ValueError:
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            raise OptionError(f"{name}={text!r} must be {kind}") from None
+            raise OptionError(
+                f"{name}={text!r} must be a{' whole' if kind == 'int' else ''} number"
+            ) from None
     return text
 
 

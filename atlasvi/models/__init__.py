@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Add a model: its line here, and in `atlasvi/__init__.py`.
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
+    "SCANVI": "atlasvi.models.scanvi",
     "LinearSCVI": "atlasvi.models.ldvae",
     "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",

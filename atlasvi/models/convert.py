@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlasvi.models.scanvi import SCANVIModule
 from atlasvi.nn.decoder import LinearDecoder, LinearHead
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, InputLinear
@@ -24,7 +25,7 @@ def weights_from(theirs: Mapping[str, torch.Tensor], module: Any) -> dict[str, t
 
     Args:
         theirs: its ``state_dict``.
-        module: ours: of `SCVI` or `LinearSCVI`, of the same sizes.
+        module: ours: of `SCVI`, `SCANVI` or `LinearSCVI`, of the same sizes.
 
     Raises:
         KeyError: a parameter that theirs lacks.
@@ -43,6 +44,8 @@ def weights_from(theirs: Mapping[str, torch.Tensor], module: Any) -> dict[str, t
     if hasattr(module, "log_theta"):
         px_r = theirs["px_r"]
         ours["log_theta"] = px_r.reshape(len(px_r), -1).T.contiguous()
+    if isinstance(module, SCANVIModule):
+        ours["label_prior"] = theirs["y_prior"][0]
     if module.library_is_latent:
         ours["library_log_mean"] = theirs["library_log_means"][0]
         ours["library_log_var"] = theirs["library_log_vars"][0]
@@ -54,6 +57,14 @@ def _parts(module: Any) -> Parts:
     yield from _encoder(module.encoder, "z_encoder")
     if module.library_is_latent:
         yield from _encoder(module.library_encoder, "l_encoder")
+    if isinstance(module, SCANVIModule):
+        classifier, n_before = module.classifier, 0
+        if classifier.mlp is not None:
+            yield from _mlp(classifier.mlp, "classifier.classifier.0")
+            n_before = 1
+        yield classifier.out, f"classifier.classifier.{n_before}"
+        yield from _encoder(module.u_encoder, "encoder_z2_z1")
+        yield from _encoder(module.u_decoder, "decoder_z1_z2", "decoder")
     decoder = module.decoder
     if isinstance(decoder, LinearDecoder):
         yield from _head(decoder.scale, "decoder.factor_regressor")

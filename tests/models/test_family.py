@@ -17,6 +17,10 @@ SETUP = {"batch_key": "batch", "gene_mask": None}
 FAMILY = {
     "scvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "linearscvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
+    "scanvi": (
+        {**SETUP, "labels_key": "cell_type", "unlabeled_category": "NK"},
+        {"n_hidden": 16, "n_latent": 3},
+    ),
     "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
     "ppca": ({"gene_mask": None}, {"n_latent": 3}),
@@ -124,7 +128,7 @@ def test_answers_do_not_depend_on_how_cells_are_cut(name, adata):
 
 
 def test_a_model_that_is_not_known_is_named_with_those_that_are(tmp_path):
-    with pytest.raises(OptionError, match=r"'nosuch'.*scvi, linearscvi"):
+    with pytest.raises(OptionError, match=r"'nosuch'.*scvi, scanvi, linearscvi"):
         by_name("nosuch")
     with pytest.raises(ModelError, match="not a model folder"):
         load(tmp_path)

@@ -5,6 +5,7 @@ The fixture is what `benchmarks/peers/scvi_tools_family_fixtures.py` wrote, run 
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from atlasvi_kernels import CSR
 from atlasvi.models.base import LibraryMoments
 from atlasvi.models.convert import weights_from
 from atlasvi.models.ldvae import LinearSCVIConfig, LinearSCVIModule
+from atlasvi.models.scanvi import SCANVIConfig, SCANVIModule
 from atlasvi.types import FieldMap, Minibatch, StepWeights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INDEX = json.loads((FIXTURES / "scvi_tools_family.json").read_text())
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 LEVELS = {"batch": 3, "label": 2, "donor": 4, "kit": 2}
+SCANVI = sorted(case for case, spec in INDEX["cases"].items() if spec["model"] == "SCANVI")
 LINEAR = sorted(case for case, spec in INDEX["cases"].items() if spec["model"] == "LinearSCVI")
 
 
@@ -47,6 +50,8 @@ def group(case, prefix):
 
 class GivenNoise:
     """Draws by their stream, in place of `types.Noise`: those of the fixture, or zeros."""
+
+    seed = step = 0
 
     def __init__(self, draws):
         self.draws = draws
@@ -95,10 +100,6 @@ def make_minibatch(fields, cells=slice(None)):
     )
 
 
-def zeros(draws):
-    return {stream: torch.zeros_like(draw) for stream, draw in draws.items()}
-
-
 def make_linear(case):
     spec = INDEX["cases"][case]
     fields = make_fields(spec["setup"])
@@ -142,6 +143,63 @@ def test_a_linear_training_step_agrees(case):
     noise = GivenNoise({0: DATA["z_epsilon"], 1: DATA["library_epsilon"]})
     terms = module.loss(make_minibatch(fields), noise, StepWeights(kl=INDEX["kl_weight"]))
     torch.testing.assert_close(terms.total.detach(), ARRAYS[case]["train/total"], **TOLERANCE)
+    terms.total.backward()
+    assert_same_gradients(module, case)
+
+
+def make_scanvi(case):
+    spec = INDEX["cases"][case]
+    fields = make_fields(spec["setup"])
+    fields = replace(fields, unlabeled_category=INDEX["unlabeled_category"])
+    config = SCANVIConfig(
+        n_hidden=8, n_latent=3, dropout_rate=0.0, classification_ratio=INDEX["classification_ratio"],
+        **spec["init"],
+    )  # fmt: skip
+    moments = LibraryMoments((0.0,) * fields.n_batch, (1.0,) * fields.n_batch)
+    module = SCANVIModule(config, fields, moments)
+    module.load_state_dict(weights_from(group(case, "weights/"), module))  # strict
+    known = (DATA["donor"] < INDEX["n_known"]).numpy()
+    return module, replace(make_minibatch(fields), labelled=make_minibatch(fields, known))
+
+
+def scanvi_noise():
+    n, k = len(DATA["counts"]), INDEX["n_known"]
+    u = DATA["z2_epsilon"].view(k, n, -1).transpose(0, 1).reshape(n, -1)  # theirs come label by label
+    return {0: DATA["z_epsilon"], 1: DATA["library_epsilon"], 2: u}
+
+
+def assert_same_terms(terms, expected):
+    torch.testing.assert_close(
+        terms.elbo, expected["reconstruction"] + expected["kl"], **TOLERANCE
+    )  # theirs counts z among the reconstruction
+    torch.testing.assert_close(terms.total.detach(), expected["total"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", SCANVI)
+def test_scanvi_evaluation_agrees(case):
+    module, minibatch = make_scanvi(case)
+    module.eval()
+    expected = group(case, "eval/")
+    with torch.no_grad():
+        qz = module.encode(minibatch)
+        torch.testing.assert_close(qz.loc, expected["qz_loc"], **TOLERANCE)
+        torch.testing.assert_close(qz.scale, expected["qz_scale"], **TOLERANCE)
+        rho = module.decode_log_rho(qz.loc, minibatch).exp()
+        torch.testing.assert_close(rho, expected["rho"], **TOLERANCE)
+        torch.testing.assert_close(module.class_logits(minibatch), expected["class_logits"], **TOLERANCE)
+        noise = GivenNoise({stream: torch.zeros_like(draw) for stream, draw in scanvi_noise().items()})
+        terms = module.loss(minibatch, noise, StepWeights(kl=INDEX["kl_weight"]))
+        loss = module.classification_loss(minibatch.labelled, noise)
+    torch.testing.assert_close(loss, expected["classification"].reshape(()), **TOLERANCE)
+    assert_same_terms(terms, expected)
+
+
+@pytest.mark.parametrize("case", [case for case in SCANVI if INDEX["cases"][case]["train"]])
+def test_a_scanvi_training_step_agrees(case):
+    module, minibatch = make_scanvi(case)
+    module.train()
+    terms = module.loss(minibatch, GivenNoise(scanvi_noise()), StepWeights(kl=INDEX["kl_weight"]))
+    assert_same_terms(terms, group(case, "train/"))
     terms.total.backward()
     assert_same_gradients(module, case)
 
