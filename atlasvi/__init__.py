@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
     from atlasvi.models.dca import DCA
     from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
+    from atlasvi.models.gmvae import GMVAE
     from atlasvi.models.ldvae import LinearSCVI
     from atlasvi.models.scanvi import SCANVI
+    from atlasvi.models.scvae import SCVAE
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
@@ -32,9 +34,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DCA",
+    "GMVAE",
     "PCA",
     "PPCA",
     "SCANVI",
+    "SCVAE",
     "SCVI",
     "Atlas",
     "AtlasviError",
@@ -47,6 +51,8 @@ __all__ = [
 
 _WHERE = {
     "SCANVI": "atlasvi.models.scanvi",
+    "GMVAE": "atlasvi.models.gmvae",
+    "SCVAE": "atlasvi.models.scvae",
     "SCVI": "atlasvi.models.scvi",
     "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",

@@ -16,6 +16,8 @@ _WHERE = {
     "SCVI": "atlasvi.models.scvi",
     "SCANVI": "atlasvi.models.scanvi",
     "LinearSCVI": "atlasvi.models.ldvae",
+    "SCVAE": "atlasvi.models.scvae",
+    "GMVAE": "atlasvi.models.gmvae",
     "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",

@@ -37,7 +37,7 @@ from atlasvi.models.arguments import refuse
 from atlasvi.models.base import CountModel, LibraryMoments
 from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.encoder import Encoder
-from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, level_codes, resolve, uns_entry
 from atlasvi.stream import Epochs
@@ -101,23 +101,6 @@ class Classifier(nn.Module):
             z = self.mlp(z, Covariates(z.new_empty(len(z), 0).long(), z.new_empty(len(z), 0)), noise)
         logits: torch.Tensor = self.out(z)
         return logits
-
-
-@dataclass(frozen=True, slots=True)
-class _NoiseByLabel:
-    """Noise for rows that are cells within labels, a draw of its own for each: K B rows from B cells."""
-
-    noise: Noise
-    n_labels: int
-
-    def uniform(self, n: int, stream: int) -> torch.Tensor:
-        return by_label(self.noise.uniform(n * self.n_labels, stream), self.n_labels)
-
-
-def by_label(values: torch.Tensor, n_labels: int) -> torch.Tensor:
-    """``(B, K n)`` to ``(K B, n)``, all cells of the first label first."""
-    n_cells = len(values)
-    return values.view(n_cells, n_labels, -1).transpose(0, 1).reshape(n_labels * n_cells, -1)
 
 
 class SCANVIModule(SCVIModule):
@@ -187,7 +170,7 @@ class SCANVIModule(SCVIModule):
         codes = torch.arange(n_labels, device=z.device).repeat_interleave(n_cells).unsqueeze(1)
         labels = Covariates(codes, z.new_empty(len(codes), 0))
         zs = z.repeat(n_labels, 1)
-        qu: Posterior = self.u_encoder(zs, labels, _NoiseByLabel(noise, n_labels))
+        qu: Posterior = self.u_encoder(zs, labels, NoiseByLabel(noise, n_labels))
         u = qu.rsample(by_label(noise.normal(n_labels * z.shape[1], _U), n_labels))
         pz: Posterior = self.u_decoder(u, labels, None)
         log_pz = _log_normal(zs, pz).view(n_labels, n_cells).T

@@ -93,12 +93,7 @@ class SCVIModule(nn.Module):
         self.has_size_factor = fields.size_factor_key is not None
         self.library_is_latent = not (config.use_observed_lib_size or self.has_size_factor)
 
-        encoded = fields if config.encode_covariates else None
-        self.encoder = Encoder(
-            self.mlp("encoder", fields.n_vars, config.n_layers, encoded, _ENCODER_DROPOUT),
-            config.n_hidden,
-            config.n_latent,
-        )
+        self.encoder = self.make_encoder(fields)
         self.decoder = self.make_decoder(fields)
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
             rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
@@ -106,7 +101,7 @@ class SCVIModule(nn.Module):
         if self.library_is_latent:
             assert library is not None
             self.library_encoder = Encoder(
-                self.mlp("encoder", fields.n_vars, 1, encoded, _LIBRARY_DROPOUT),
+                self.count_mlp(fields, 1, _LIBRARY_DROPOUT),
                 config.n_hidden,
                 1,
             )
@@ -127,6 +122,16 @@ class SCVIModule(nn.Module):
             stream=stream,
         )  # fmt: skip
 
+    def count_mlp(self, fields: FieldMap, n_layers: int, stream: int = _ENCODER_DROPOUT) -> MLP:
+        """Hidden layers of an encoder, on counts and, if asked for, covariates."""
+        encoded = fields if self.config.encode_covariates else None
+        return self.mlp("encoder", fields.n_vars, n_layers, encoded, stream)
+
+    def make_encoder(self, fields: FieldMap) -> Encoder:
+        """From counts to q(z | x)."""
+        config = self.config
+        return Encoder(self.count_mlp(fields, config.n_layers), config.n_hidden, config.n_latent)
+
     def make_decoder(self, fields: FieldMap) -> Decoder | LinearDecoder:
         """From z to logits: hidden layers, then heads."""
         config = self.config
@@ -140,12 +145,12 @@ class SCVIModule(nn.Module):
 
     def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z | x)."""
-        posterior: Posterior = self.encoder(minibatch.counts, _covariates(minibatch), noise)
+        posterior: Posterior = self.encoder(minibatch.counts, covariates(minibatch), noise)
         return posterior
 
     def encode_library(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(log l | x); only where the library size is latent."""
-        posterior: Posterior = self.library_encoder(minibatch.counts, _covariates(minibatch), noise)
+        posterior: Posterior = self.library_encoder(minibatch.counts, covariates(minibatch), noise)
         return posterior
 
     def library(self, minibatch: Minibatch, noise: Noise | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +168,16 @@ class SCVIModule(nn.Module):
             self.library_log_var[minibatch.batch_index].sqrt().unsqueeze(1),
         )
         return log_library.squeeze(1).exp(), kl
+
+    @property
+    def mean(self) -> str:
+        """How the mean is made of logits: library times ``"softmax"``, or times ``"exp"`` of `log_scale`."""
+        # scvi-tools gives up the softmax here: mu = size factor * softplus.
+        return "exp" if self.has_size_factor else "softmax"
+
+    def log_scale(self, logits: torch.Tensor) -> torch.Tensor:
+        """What stands in the place of the logits where they are not the head's own."""
+        return F.softplus(logits).log() if self.has_size_factor else logits
 
     def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
         """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
@@ -184,22 +199,18 @@ class SCVIModule(nn.Module):
     ) -> torch.Tensor:
         """``(B,)`` log p(x | z, l, s)."""
         decoder = self.decoder
-        h = decoder.hidden(z, _covariates(minibatch))
+        h = decoder.hidden(z, covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
         if isinstance(decoder, Decoder) and not self.has_size_factor:
             return self.likelihood.log_prob_of_heads(
                 minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
-                theta_index=theta_index, matmul_dtype=matmul_dtype,
+                theta_index=theta_index, mean=self.mean, matmul_dtype=matmul_dtype,
             )  # fmt: skip
-        logits = decoder.scale(h)
-        if self.has_size_factor:
-            # scvi-tools gives up the softmax here: mu = size factor * softplus.
-            logits = F.softplus(logits).log()
         return self.likelihood.log_prob(
-            minibatch.counts, logits, library,
+            minibatch.counts, self.log_scale(decoder.scale(h)), library,
             theta(h).exp() if isinstance(theta, nn.Linear) else theta,
             None if decoder.pi is None else decoder.pi(h),
-            theta_index=theta_index, mean="exp" if self.has_size_factor else "softmax",
+            theta_index=theta_index, mean=self.mean,
         )  # fmt: skip
 
     def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
@@ -218,20 +229,21 @@ class SCVIModule(nn.Module):
     ) -> torch.Tensor:
         """``(B, len(genes))`` log rho, normalised over all genes whichever are asked for."""
         decoder = self.decoder
-        h = decoder.hidden(z, _covariates(minibatch))
-        if self.has_size_factor:
-            return F.softplus(decoder.genes(decoder.scale, h, genes)).log()
+        h = decoder.hidden(z, covariates(minibatch))
+        if self.mean == "exp":
+            return self.log_scale(decoder.genes(decoder.scale, h, genes))
         if genes is None:
             return F.log_softmax(decoder.scale(h), dim=-1)
         return decoder.genes(decoder.scale, h, genes) - decoder.log_normaliser(h)
 
 
 def levels_of(fields: FieldMap) -> tuple[int, ...]:
-    """Numbers of levels of the codes in `_covariates`: batches, then further categorical covariates."""
+    """Number of levels of each of the codes in `covariates`."""
     return (fields.n_batch, *fields.n_levels)
 
 
-def _covariates(minibatch: Minibatch) -> Covariates:
+def covariates(minibatch: Minibatch) -> Covariates:
+    """What is known of the cells of a minibatch besides their counts: batches, then further covariates."""
     codes = torch.cat([minibatch.batch_index.unsqueeze(1), minibatch.cat_covs], dim=1)
     return Covariates(codes, minibatch.cont_covs)
 

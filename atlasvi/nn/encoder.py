@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from atlasvi_kernels import CSR
 from torch import nn
 
-from atlasvi.nn.layers import MLP, Covariates
-from atlasvi.types import Posterior
+from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel
+from atlasvi.types import Noise, Posterior
 
 VARIANCE_FLOOR = 1e-4  # added to the variance, as scvi-tools does
 
@@ -31,7 +29,9 @@ class Encoder(nn.Module):
         self.loc = nn.Linear(n_hidden, n_out)
         self.log_variance = nn.Linear(n_hidden, n_out)
 
-    def forward(self, x: CSR | torch.Tensor, covariates: Covariates, noise: Any) -> Posterior:
+    def forward(
+        self, x: CSR | torch.Tensor, covariates: Covariates, noise: Noise | NoiseByLabel | None
+    ) -> Posterior:
         """The posterior of B cells."""
         h = self.mlp(x, covariates, noise)
         return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + self.floor))

@@ -26,6 +26,29 @@ class Covariates:
     continuous: torch.Tensor
 
 
+def by_label(values: torch.Tensor, n_labels: int) -> torch.Tensor:
+    """``(B, K n)`` to ``(K B, n)``, all cells of the first label first: rows that are cells within labels."""
+    n_cells = len(values)
+    return values.view(n_cells, n_labels, -1).transpose(0, 1).reshape(n_labels * n_cells, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseByLabel:
+    """Noise of rows that are cells within labels, a draw of its own for each.
+
+    Args:
+        noise: of the B cells.
+        n_labels: K.
+    """
+
+    noise: Noise
+    n_labels: int
+
+    def uniform(self, n: int, stream: int) -> torch.Tensor:
+        """``(K B, n)``."""
+        return by_label(self.noise.uniform(n * self.n_labels, stream), self.n_labels)
+
+
 class InputLinear(nn.Module):
     """``y = x W + covariates V + b``: the one-hot product of scvi-tools, without the one-hot.
 
@@ -155,7 +178,9 @@ class MLP(nn.Module):
             if batch_norm:
                 self.batch_norms.append(nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001))
 
-    def forward(self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | NoiseByLabel | None
+    ) -> torch.Tensor:
         """``(B, n_hidden)``; without ``noise`` nothing is dropped out."""
         for i, linear in enumerate(self.linears):
             h = linear(x, covariates)

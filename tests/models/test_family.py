@@ -21,6 +21,8 @@ FAMILY = {
         {**SETUP, "labels_key": "cell_type", "unlabeled_category": "NK"},
         {"n_hidden": 16, "n_latent": 3},
     ),
+    "scvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "mean": "exp"}),
+    "gmvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "n_components": 3, "bound": "sampled"}),
     "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
     "ppca": ({"gene_mask": None}, {"n_latent": 3}),
