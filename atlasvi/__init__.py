@@ -19,6 +19,7 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.actinn import ACTINN
     from atlasvi.models.dca import DCA
     from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
     from atlasvi.models.gmvae import GMVAE
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTINN",
     "DCA",
     "GMVAE",
     "PCA",
@@ -54,6 +56,7 @@ _WHERE = {
     "GMVAE": "atlasvi.models.gmvae",
     "SCVAE": "atlasvi.models.scvae",
     "SCVI": "atlasvi.models.scvi",
+    "ACTINN": "atlasvi.models.actinn",
     "DCA": "atlasvi.models.dca",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",

@@ -244,8 +244,11 @@ def train(
         int | None, typer.Option(help="Passes over the cells; default by their number.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    kl_warmup_epochs: Annotated[int, typer.Option(help="Epochs over which the KL weight rises to 1.")] = 400,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.001.")] = None,
+    kl_warmup_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs over which the KL weight rises to 1; default 400, or the model's."),
+    ] = None,
     train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
     early_stopping: Annotated[
         bool, typer.Option("--early-stopping", help="Stop when validation stalls.")
@@ -292,6 +295,7 @@ def train(
         gene_mask=None if gene_mask == "none" else gene_mask,
     )  # fmt: skip
     trained = kind(data, **options)
+    plan = {"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}
     if issubclass(kind, FactorModel):
         _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
         trained.train(
@@ -302,7 +306,7 @@ def train(
         trained.train(
             max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
             early_stopping=early_stopping,
-            plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
+            plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
             checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
             memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
         )  # fmt: skip

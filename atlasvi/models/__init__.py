@@ -19,6 +19,7 @@ _WHERE = {
     "SCVAE": "atlasvi.models.scvae",
     "GMVAE": "atlasvi.models.gmvae",
     "DCA": "atlasvi.models.dca",
+    "ACTINN": "atlasvi.models.actinn",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",
     "FactorAnalysis": "atlasvi.models.factor",

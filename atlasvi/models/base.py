@@ -34,7 +34,7 @@ from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
-from atlasvi.types import Decodes, FieldMap, LossTerms, Minibatch
+from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -358,6 +358,7 @@ class CountModel(Generic[Config, Module]):
         """
         refuse("get_latent_representation", unsupported)
         self._must_be_trained()
+        self._must_encode()
         minibatches = self._minibatches(adata, indices, batch_size)
         pairs = list(latent_blocks(self.module, minibatches, self._device))
         loc = np.concatenate([pair[0] for pair in pairs])
@@ -376,6 +377,7 @@ class CountModel(Generic[Config, Module]):
     ) -> Iterator[NDArray[np.float32]]:
         """The means of q(z|x) block by block, for writing where they do not fit in memory."""
         self._must_be_trained()
+        self._must_encode()
         for loc, _ in latent_blocks(self.module, self._minibatches(adata, None, batch_size), self._device):
             yield loc
 
@@ -629,6 +631,10 @@ class CountModel(Generic[Config, Module]):
     def _must_be_trained(self) -> None:
         if not self.is_trained:
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
+
+    def _must_encode(self) -> None:
+        if not isinstance(self.module, Encodes):
+            raise OptionError(f"{type(self).__name__} has no latent; ask it for predict()")
 
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
         """The data to work on, in the model's terms; new data are registered as the model's were."""

@@ -41,6 +41,7 @@ from atlasvi.models.scvae import SCVAEConfig, SCVAEModule
 from atlasvi.models.scvi import covariates
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
+from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
@@ -184,8 +185,8 @@ class GMVAE(CountModel[GMVAEConfig, GMVAEModule]):
     """scVAE with a mixture of Gaussians as prior: latents and soft clusters of cells, learnt together.
 
     K is chosen by the bound on held-out cells: ``get_elbo(indices=model.validation_indices)``, higher is
-    better. The latent of a cell is that of its most probable component. The model is at the head of this
-    file; Grønbech et al. 2020.
+    better. The latent of a cell is that of its most probable component. The divergences have their full
+    weight from the first epoch. The model is at the head of this file; Grønbech et al. 2020.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -239,6 +240,8 @@ class GMVAE(CountModel[GMVAEConfig, GMVAEModule]):
             n_draws=n_draws,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=False)
+        # With no weight on the divergences at first, components form that they then cannot leave.
+        self.plan = TrainingPlan(n_epochs_kl_warmup=None)
 
     def predict(
         self,

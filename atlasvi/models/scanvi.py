@@ -35,6 +35,7 @@ from atlasvi.errors import NotTrainedError, ObsError, OptionError
 from atlasvi.infer.classify import probability_blocks
 from atlasvi.models.arguments import refuse
 from atlasvi.models.base import CountModel, LibraryMoments
+from atlasvi.models.data import registered_as
 from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
@@ -403,9 +404,8 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         atlas, _ = scvi_model._data(adata)
         _, levels = level_codes(atlas, key)
         fields = replace(scvi_model.fields, labels_key=key, labels_categories=levels)
-        before, atlas.registration = atlas.registration, with_unlabeled(fields, unlabeled_category)
         c = scvi_model.config
-        try:
+        with registered_as(atlas, with_unlabeled(fields, unlabeled_category)):
             model = cls(
                 atlas, c.n_hidden, c.n_latent, c.n_layers, c.dropout_rate, c.dispersion, c.gene_likelihood,
                 c.use_observed_lib_size, linear_classifier, latent_distribution=c.latent_distribution,
@@ -415,8 +415,6 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
                 classifier_dropout_rate=classifier_dropout_rate, classification_ratio=classification_ratio,
                 balance_labels=balance_labels, seed=c.seed,
             )  # fmt: skip
-        finally:
-            atlas.registration = before
         own = {k: v for k, v in model.module.state_dict().items() if k not in scvi_model.module.state_dict()}
         model.module.load_state_dict(own | scvi_model.module.state_dict())
         model._was_pretrained = True

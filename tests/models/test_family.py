@@ -24,6 +24,7 @@ FAMILY = {
     "scvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "mean": "exp"}),
     "gmvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "n_components": 3, "bound": "sampled"}),
     "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
+    "actinn": ({"labels_key": "cell_type", "gene_mask": None}, {"transform": "lecture"}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
     "ppca": ({"gene_mask": None}, {"n_latent": 3}),
     "factoranalysis": ({"gene_mask": None}, {"n_latent": 3}),
@@ -46,9 +47,9 @@ def train(model, max_epochs=2, **options):
 
 def answer(model, data=None):
     """What is asked of this model: latents, or probabilities where it has no latent."""
-    if hasattr(model, "get_latent_representation"):
-        return model.get_latent_representation(data)
-    return model.predict(data, soft=True).to_numpy()
+    if isinstance(model, atlasvi.ACTINN):
+        return model.predict(data, soft=True).to_numpy()
+    return model.get_latent_representation(data)
 
 
 def on_command_line(name, store, out, monkeypatch, *more):
