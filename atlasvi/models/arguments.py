@@ -24,6 +24,8 @@ _INSTEAD = {
     "callbacks": "use on_epoch=",
     "simple_progress_bar": "use enable_progress_bar",
     "n_samples_overall": "pass cells= and n_samples= to model.expression",
+    "n_samples_per_label": "use SCANVI(balance_labels=True)",
+    "classifier_parameters": "use classifier_n_layers, classifier_n_hidden and classifier_dropout_rate",
     "strategy": "training is on one device",
 }
 

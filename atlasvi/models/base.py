@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -47,7 +48,7 @@ from atlasvi.train.schedule import (
     default_epochs,
     steps_between_checks,
 )
-from atlasvi.types import FieldMap, LossTerms, Minibatch, Starts
+from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Starts
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -81,6 +82,8 @@ class CountModel(Generic[Config, Module]):
 
     config_type: ClassVar[type]
     module_type: ClassVar[type]
+    needs_many_cells: ClassVar[bool] = True
+    loss_name: ClassVar[str] = "-ELBO"
 
     atlas: Atlas | None
     fields: FieldMap
@@ -92,7 +95,7 @@ class CountModel(Generic[Config, Module]):
         self.atlas, self.fields = registered(adata, type(self).__name__)
         self.config = config
         self._codes: Codes | None = resolve(self.fields, self.atlas)
-        if self.atlas.n_obs < self.fields.n_vars:
+        if self.needs_many_cells and self.atlas.n_obs < self.fields.n_vars:
             warnings.warn(
                 f"{self.atlas.n_obs:,} cells for {self.fields.n_vars:,} genes: the scVI paper found "
                 "underfitting with fewer cells than genes; select genes (gene_mask=) or use PCA",
@@ -248,7 +251,7 @@ class CountModel(Generic[Config, Module]):
         if check_val_every_n_epoch < 1:
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
-        max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
+        max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
         device = choose_device(accelerator, devices)
@@ -274,10 +277,11 @@ class CountModel(Generic[Config, Module]):
         patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
-        minibatches = Epochs(
-            atlas, codes, batch_size=batch_size, seed=seed, positions=training, num_workers=num_workers,
+        epochs = partial(
+            Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
             memory_budget=memory_budget,
         )  # fmt: skip
+        minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
             atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
             num_workers=num_workers, memory_budget=memory_budget,
@@ -339,6 +343,13 @@ class CountModel(Generic[Config, Module]):
         plan = self.plan if schedule is None else PLANS[schedule]
         return replace(plan, matmul_dtype=PRECISIONS[precision])
 
+    def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
+        """Epochs of the cells to train on, with whatever a model wants beside them."""
+        return epochs(positions=training)
+
+    def _default_epochs(self, n_obs: int) -> int:
+        return default_epochs(n_obs)
+
     @property
     def is_trained(self) -> bool:
         """Whether `train` has come to an end."""
@@ -395,6 +406,7 @@ class CountModel(Generic[Config, Module]):
         """
         refuse("get_latent_representation", unsupported)
         self._must_be_trained()
+        self._must_encode()
         minibatches = self._minibatches(adata, indices, batch_size)
         pairs = list(latent_blocks(self.module, minibatches, self._device))
         loc = np.concatenate([pair[0] for pair in pairs])
@@ -413,6 +425,7 @@ class CountModel(Generic[Config, Module]):
     ) -> Iterator[NDArray[np.float32]]:
         """The means of q(z|x) block by block, for writing where they do not fit in memory."""
         self._must_be_trained()
+        self._must_encode()
         for loc, _ in latent_blocks(self.module, self._minibatches(adata, None, batch_size), self._device):
             yield loc
 
@@ -495,6 +508,8 @@ class CountModel(Generic[Config, Module]):
             True
         """
         self._must_be_trained()
+        if not isinstance(self.module, Decodes):
+            raise OptionError(f"{type(self).__name__} has no normalised expression; SCVI and DCA have")
         if n_samples < 1:
             raise OptionError(f"n_samples must be at least 1, is {n_samples}")
         if isinstance(library_size, str) and library_size != "latent":
@@ -579,11 +594,9 @@ class CountModel(Generic[Config, Module]):
             return values
         import pandas as pd
 
-        atlas, _ = self._data(adata)
-        names = atlas.obs_names.astype(object)
         return pd.DataFrame(
             values,
-            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
+            index=self._names(adata, indices),
             columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
         )
 
@@ -667,6 +680,10 @@ class CountModel(Generic[Config, Module]):
         if not self.is_trained:
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
 
+    def _must_encode(self) -> None:
+        if not isinstance(self.module, Encodes):
+            raise OptionError(f"{type(self).__name__} has no latent; ask it for predict()")
+
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
         """The data to work on, in the model's terms; new data are registered as the model's were."""
         if data is None:
@@ -684,6 +701,11 @@ class CountModel(Generic[Config, Module]):
         return (
             atlas.row_numbers if indices is None else atlas.row_numbers[cell_positions(indices, atlas.n_obs)]
         )
+
+    def _names(self, data: Data | None, indices: Any) -> NDArray[np.object_]:
+        atlas = self._data(data)[0]
+        names: NDArray[np.object_] = atlas.obs_names.astype(object)
+        return names if indices is None else names[cell_positions(indices, atlas.n_obs)]
 
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
