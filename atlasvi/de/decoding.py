@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Noise stream of z, as in `infer.decode`: a draw of a cell is the same in both.
 _Z = 0
 # Logits of the rows decoded at once; they are gone through several times.
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ Run with the peer's Python (`scvi_tools_env.sh` makes it), from the root of the 
     DIR/bin/python -m benchmarks.peers.scvi_tools_de_fixtures tests/oracle/fixtures
 
 The model is the case ``MODEL`` of `scvi_tools_fixtures`, with the same weights, on the same cells.
-`scvi_tools_de.npz` holds, for each setting, ``(seeds, genes, columns)`` float64 in the order of the genes, and
+`scvi_tools_de.npz` holds, for each setting, ``(seeds, genes, columns)`` float64, genes in their order, and
 `layout`, JSON as bytes: the arguments and the columns of each setting.
 """
 
