@@ -1,11 +1,13 @@
 """Differential expression: Bayes factors and effect sizes of groups of cells, in one pass over the counts."""
 
 from atlasvi.de.ask import Question, decode_batches, differential_expression
+from atlasvi.de.calibration import calibration
 from atlasvi.de.groups import Groups, groups_of
 
 __all__ = [
     "Groups",
     "Question",
+    "calibration",
     "decode_batches",
     "differential_expression",
     "groups_of",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atlasvi.de import Question, decode_batches, differential_expression, groups_of
+from atlasvi.de import Question, calibration, decode_batches, differential_expression, groups_of
 from atlasvi.errors import (
     ModelError,
     NotTrainedError,
@@ -697,6 +697,79 @@ class CountModel(Generic[Config, Module]):
             return differential_expression(
                 self.module, atlas, codes, self.fields.var_names, groups, question, advance
             )
+
+    def calibration(
+        self,
+        adata: Data | None = None,
+        groupby: str | None = None,
+        group: str | None = None,
+        idx: Any = None,
+        mode: str = "vanilla",
+        delta: float | None = 0.25,
+        *,
+        n_splits: int = 20,
+        n_cells: int = 100,
+        batch_correction: bool | None = None,
+        fdr_target: float = 0.05,
+        estimator: str = "pooled",
+        n_samples_overall: int = 5000,
+        n_draws: int = 200,
+        bf_threshold: float = 3.0,
+        seed: int = 0,
+        silent: bool = True,
+    ) -> pd.DataFrame:
+        """How many genes `differential_expression` calls between halves of one group: none, if it is sound.
+
+        In each split ``n_cells`` of the group, drawn at random, are compared with as many others of it.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            groupby: column of obs with the group.
+            group: its level.
+            idx: in place of these, the cells of the group: positions, a mask or a query of obs.
+            mode: ``"vanilla"`` or ``"change"``; with the arguments that follow as `differential_expression`
+                has them.
+            delta: log2 fold change that counts, in change mode.
+            n_splits: random splits.
+            n_cells: cells on each side; pairs of cells too, with ``estimator="paper"``.
+            batch_correction: decode each draw under every batch.
+            fdr_target: expected share of false calls, in change mode.
+            estimator: ``"pooled"`` or ``"paper"``.
+            n_samples_overall: draws from each side.
+            n_draws: draws for each pair, with ``"paper"``.
+            bf_threshold: beyond which a gene is called, in vanilla mode.
+            seed: of splits and draws.
+            silent: show no progress bar.
+
+        Returns:
+            A row a split: ``n_called`` genes, ``share_called`` of all, and the ``largest`` evidence, K
+            without its sign or in change mode the probability of a change, with its ``gene``.
+
+        Raises:
+            CellsError: fewer than ``2 * n_cells`` cells.
+
+        Example:
+            >>> found = model.calibration(groupby="cell_type", group="T", n_splits=2, n_cells=20)
+            >>> len(found), int(found["n_called"].max())
+            (2, 0)
+        """
+        self._must_be_trained()
+        if groupby is not None and group is None:
+            raise OptionError(f"calibration(groupby={groupby!r}) needs group=, the level to split in halves")
+        atlas, codes = self._data(adata)
+        chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)
+        groups = groups_of(atlas, groupby, None if groupby is None else [str(group)], None, chosen, None)
+        batches1, batches2 = decode_batches(self.fields, estimator, batch_correction, None, None)
+        question = Question(
+            mode, estimator, delta, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
+            n_samples_overall=n_samples_overall, n_cells=n_cells, n_draws=n_draws, bf_threshold=bf_threshold,
+            seed=seed,
+        )  # fmt: skip
+        with bar("calibration", n_splits, "splits", enabled=not silent) as advance:
+            return calibration(
+                self.module, atlas, codes, self.fields.var_names, np.flatnonzero(groups.codes == 0), question,
+                n_splits=n_splits, n_cells=n_cells, advance=advance,
+            )  # fmt: skip
 
     # --- files ----------------------------------------------------------------------------------
 
