@@ -23,7 +23,7 @@ class Highest:
     """What a first pass over the rows finds.
 
     Args:
-        one: ``(K, G)`` float32, highest log rho of the first side.
+        one: ``(K, G)`` float32, highest rho of the first side.
         two: ``(K, G)`` float32, of the second.
         scale1: ``(K, G)`` float64, mean rho of the first side.
         scale2: ``(K, G)`` float64, of the second.
@@ -63,12 +63,12 @@ class Change:
 def highest(decoding: Decoding) -> Highest:
     """Mean and highest rho of each side of each comparison."""
     design, n_vars = decoding.design, decoding.n_vars
-    one, two = (np.full((len(design.ones), n_vars), -np.inf, np.float32) for _ in range(2))
+    one, two = (np.zeros((len(design.ones), n_vars), np.float32) for _ in range(2))
     scale = np.zeros((len(design.cells), n_vars))
     for piece in decoding.pieces():
-        over_genes(keep_highest, n_vars, piece.log_rho, piece.one, one)
-        over_genes(keep_highest, n_vars, piece.log_rho, piece.two, two)
-        over_genes(add_rho, n_vars, piece.log_rho, piece.pools, scale)
+        over_genes(keep_highest, n_vars, piece.rho, piece.one, one)
+        over_genes(keep_highest, n_vars, piece.rho, piece.two, two)
+        over_genes(add_rho, n_vars, piece.rho, piece.pools, scale)
     scale /= design.cells.shape[1]
     return Highest(one, two, scale[design.ones], design.shares @ scale)
 
@@ -80,7 +80,7 @@ def estimate_offset(found: Highest, k: int, raw: tuple[RawMeans, RawMeans], thre
     highest rho; the larger of both groups, divided by the number of genes.
     """
     sides = zip((found.one[k], found.two[k]), raw, strict=True)
-    silent = [np.exp(top[means.mean < threshold_counts]) for top, means in sides]
+    silent = [top[means.mean < threshold_counts] for top, means in sides]
     largest = max(float(np.quantile(rho, _QUANTILE)) if len(rho) else _LEAST_OFFSET for rho in silent)
     return max(_LEAST_OFFSET, largest / found.one.shape[1])
 
@@ -90,7 +90,7 @@ def mean_change(decoding: Decoding, offsets: NDArray[np.float64]) -> NDArray[np.
     design, n_vars = decoding.design, decoding.n_vars
     sums = np.zeros((len(design.ones), n_vars))
     for piece in decoding.pieces():
-        over_genes(add_change, n_vars, piece.log_rho, piece.one, piece.two, offsets.astype(np.float32), sums)
+        over_genes(add_change, n_vars, piece.rho, piece.one, piece.two, offsets.astype(np.float32), sums)
     return sums / design.cells.shape[1]
 
 
@@ -153,7 +153,7 @@ def _of_slab(
     offset, factor = offsets[k].astype(np.float32), np.exp2(deltas[k]).astype(np.float32)
     for piece in decoding.pieces(k, genes):
         over_genes(
-            take_change, n_genes, piece.log_rho, piece.one, piece.two, offset, factor, piece.start, higher,
+            take_change, n_genes, piece.rho, piece.one, piece.two, offset, factor, piece.start, higher,
             lower, change,
         )  # fmt: skip
     for i in range(len(k)):

@@ -1,6 +1,6 @@
 """Compiled comparisons of decoded rows, in stretches of genes on several threads.
 
-``log_rho`` is (R, G) float32; pair i of comparison k is of its rows ``one[k, i]`` and ``two[k, i]``.
+``rho`` is (R, G) float32; pair i of comparison k is of its rows ``one[k, i]`` and ``two[k, i]``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from atlasvi_kernels.math_cpu import exp32, log32, vector_code
+from atlasvi_kernels.math_cpu import log32, vector_code
 from atlasvi_kernels.parallel import in_parallel, n_threads
 from numpy.typing import NDArray
 
@@ -32,7 +32,7 @@ def over_genes(function: Any, n_vars: int, *arguments: Any) -> None:
 
 
 @_compiled
-def count_higher(part, start, stop, log_rho, one, two, counts):  # type: ignore[no-untyped-def]
+def count_higher(part, start, stop, rho, one, two, counts):  # type: ignore[no-untyped-def]
     """Add to ``counts`` (K, G) int32 the pairs whose first side is higher."""
     vector_code()
     for first in range(start, stop, _TILE):
@@ -40,42 +40,39 @@ def count_higher(part, start, stop, log_rho, one, two, counts):  # type: ignore[
         for k in range(len(one)):
             count = counts[k, first:last]
             for i in range(one.shape[1]):
-                a, b = log_rho[one[k, i], first:last], log_rho[two[k, i], first:last]
+                a, b = rho[one[k, i], first:last], rho[two[k, i], first:last]
                 for g in range(last - first):
                     count[g] += np.int32(a[g] > b[g])
 
 
 @_compiled
-def add_rho(part, start, stop, log_rho, pools, sums):  # type: ignore[no-untyped-def]
+def add_rho(part, start, stop, rho, pools, sums):  # type: ignore[no-untyped-def]
     """Add rho of each row to ``sums`` (P, G) float64 of its pool."""
     vector_code()
-    rho = np.empty(_TILE, np.float32)
     for first in range(start, stop, _TILE):
         last = min(first + _TILE, stop)
-        for r in range(len(log_rho)):
-            row, total = log_rho[r, first:last], sums[pools[r], first:last]
+        for r in range(len(rho)):
+            row, total = rho[r, first:last], sums[pools[r], first:last]
             for g in range(last - first):
-                rho[g] = exp32(row[g])
-            for g in range(last - first):
-                total[g] += rho[g]
+                total[g] += row[g]
 
 
 @_compiled
-def keep_highest(part, start, stop, log_rho, rows, highest):  # type: ignore[no-untyped-def]
-    """Raise ``highest`` (K, G) float32 to the largest log rho among ``rows`` (K, q)."""
+def keep_highest(part, start, stop, rho, rows, highest):  # type: ignore[no-untyped-def]
+    """Raise ``highest`` (K, G) float32 to the largest rho among ``rows`` (K, q)."""
     vector_code()
     for first in range(start, stop, _TILE):
         last = min(first + _TILE, stop)
         for k in range(len(rows)):
             top = highest[k, first:last]
             for i in range(rows.shape[1]):
-                row = log_rho[rows[k, i], first:last]
+                row = rho[rows[k, i], first:last]
                 for g in range(last - first):
                     top[g] = row[g] if row[g] > top[g] else top[g]
 
 
 @_compiled
-def add_change(part, start, stop, log_rho, one, two, offset, sums):  # type: ignore[no-untyped-def]
+def add_change(part, start, stop, rho, one, two, offset, sums):  # type: ignore[no-untyped-def]
     """Add to ``sums`` (K, G) float64 log2((a + c) / (b + c)) of each pair, with ``c = offset[k]``."""
     vector_code()
     change = np.empty(_TILE, np.float32)
@@ -84,15 +81,15 @@ def add_change(part, start, stop, log_rho, one, two, offset, sums):  # type: ign
         for k in range(len(one)):
             total, c = sums[k, first:last], offset[k]
             for i in range(one.shape[1]):
-                a, b = log_rho[one[k, i], first:last], log_rho[two[k, i], first:last]
+                a, b = rho[one[k, i], first:last], rho[two[k, i], first:last]
                 for g in range(last - first):
-                    change[g] = log32((exp32(a[g]) + c) / (exp32(b[g]) + c)) / _LN2
+                    change[g] = log32((a[g] + c) / (b[g] + c)) / _LN2
                 for g in range(last - first):
                     total[g] += change[g]
 
 
 @_compiled
-def take_change(part, start, stop, log_rho, one, two, offset, factor, at, higher, lower, change):  # type: ignore[no-untyped-def]
+def take_change(part, start, stop, rho, one, two, offset, factor, at, higher, lower, change):  # type: ignore[no-untyped-def]
     """Count pairs beyond a threshold, and write down the change of every pair.
 
     With ``c = offset[k]``, ``higher`` and ``lower`` (K, G) int32 count ``a + c >= factor[k] (b + c)`` and
@@ -107,9 +104,9 @@ def take_change(part, start, stop, log_rho, one, two, offset, factor, at, higher
             n = min(_LANES, stop - first)
             plus, minus = higher[k, first : first + n], lower[k, first : first + n]
             for i in range(one.shape[1]):
-                a, b = log_rho[one[k, i], first : first + n], log_rho[two[k, i], first : first + n]
+                a, b = rho[one[k, i], first : first + n], rho[two[k, i], first : first + n]
                 for g in range(n):
-                    x, y = exp32(a[g]), exp32(b[g])
+                    x, y = a[g], b[g]
                     plus[g] += np.int32(x + c >= f * (y + c))
                     minus[g] += np.int32((x + c) * f < y + c)
                     lanes[g] = log32((x + small) / (y + small)) / _LN2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from atlasvi_kernels import CSR, counter_normal
+from atlasvi_kernels.products import fast_products
 from numpy.typing import NDArray
 
 from atlasvi.de.sampling import OWN, Design, Segment
@@ -31,8 +32,8 @@ class Piece:
     """Some rows, decoded.
 
     Args:
-        log_rho: ``(R, G)`` float32.
-        one: ``(K, q)`` int64, row of ``log_rho`` of the first side of each pair.
+        rho: ``(R, G)`` float32.
+        one: ``(K, q)`` int64, row of ``rho`` of the first side of each pair.
         two: ``(K, q)`` int64, of the second.
         pools: ``(R,)`` int64, pool of each row.
         start: number of the first pair in the design.
@@ -40,7 +41,7 @@ class Piece:
         last: whether the segment is at its end.
     """
 
-    log_rho: NDArray[np.float32]
+    rho: NDArray[np.float32]
     one: NDArray[np.int64]
     two: NDArray[np.int64]
     pools: NDArray[np.int64]
@@ -95,19 +96,20 @@ class Decoding:
                 row_of = needed.cumsum().reshape(needed.shape) - 1
                 pool, row = np.nonzero(needed)
                 yield Piece(
-                    self._log_rho(pool, start + row, genes),
+                    self._rho(pool, start + row, genes),
                     row_of[design.ones[k]],
                     row_of[design.twos[k, start:stop], np.arange(stop - start)],
                     pool, start, segment, stop == segment.stop,
                 )  # fmt: skip
 
     @torch.no_grad()
-    def _log_rho(self, pool: NDArray[np.int64], row: NDArray[np.int64], genes: slice) -> NDArray[np.float32]:
+    def _rho(self, pool: NDArray[np.int64], row: NDArray[np.int64], genes: slice) -> NDArray[np.float32]:
         """``(R, G)`` of some rows."""
         device = next(self.module.parameters()).device
         minibatch = self._minibatch(self.design.cells[pool, row], self.design.batches[pool, row])
-        log_rho = self.module.decode_log_rho(self.z[pool, row].to(device), minibatch.to(device))
-        found: NDArray[np.float32] = log_rho[:, genes].contiguous().cpu().numpy()
+        with fast_products():
+            log_rho = self.module.decode_log_rho(self.z[pool, row].to(device), minibatch.to(device))
+        found: NDArray[np.float32] = log_rho[:, genes].exp().cpu().numpy()
         return found
 
     def _minibatch(self, cells: NDArray[np.int64], batches: NDArray[np.int64]) -> Minibatch:

@@ -49,8 +49,8 @@ def compare_vanilla(decoding: Decoding, bound: float) -> Vanilla:
     rho, scale = np.zeros((len(design.cells), n_vars)), np.zeros((len(design.cells), n_vars))
     n_pairs = 0
     for piece in decoding.pieces():
-        over_genes(count_higher, n_vars, piece.log_rho, piece.one, piece.two, counts)
-        over_genes(add_rho, n_vars, piece.log_rho, piece.pools, rho)
+        over_genes(count_higher, n_vars, piece.rho, piece.one, piece.two, counts)
+        over_genes(add_rho, n_vars, piece.rho, piece.pools, rho)
         if not piece.last:
             continue
         share = piece.segment.weight / (piece.segment.stop - piece.segment.start)
