@@ -2,12 +2,13 @@
 
 from atlasvi.de.ask import Question, decode_batches, differential_expression
 from atlasvi.de.calibration import calibration
-from atlasvi.de.groups import Groups, groups_of
+from atlasvi.de.groups import Groups, cells_of, groups_of
 
 __all__ = [
     "Groups",
     "Question",
     "calibration",
+    "cells_of",
     "decode_batches",
     "differential_expression",
     "groups_of",

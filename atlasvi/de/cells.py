@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -129,12 +129,12 @@ def _minibatches(
     atlas: Atlas, codes: Codes, groups: Groups, cells: NDArray[np.int64], *, raw: bool
 ) -> Iterator[tuple[Minibatch, NDArray[np.int64]]]:
     """Minibatches in the order of the cells, with their positions."""
-    positions = cells
+    positions: Any = cells
     if raw:
         taking_part = groups.codes >= 0
         positions = np.arange(atlas.n_obs) if taking_part.all() else np.flatnonzero(taking_part)
     # They are held throughout: 4 bytes a cell rather than 8.
-    positions = positions.astype(np.int32 if atlas.n_obs < 1 << 31 else np.int64)
+    positions = np.asarray(positions, np.int32 if atlas.n_obs < 1 << 31 else np.int64)
     done = 0
     for minibatch in Epochs(atlas, codes, batch_size=_BATCH, shuffle=False, positions=positions)():
         yield minibatch, positions[done : done + len(minibatch)].astype(np.int64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,8 @@ def estimate_offset(found: Highest, k: int, raw: tuple[RawMeans, RawMeans], thre
     sides = zip((found.one[k], found.two[k]), raw, strict=True)
     silent = [top[means.mean < threshold_counts] for top, means in sides]
     largest = max(float(np.quantile(rho, _QUANTILE)) if len(rho) else _LEAST_OFFSET for rho in silent)
-    return max(_LEAST_OFFSET, largest / found.one.shape[1])
+    n_vars: int = found.one.shape[1]
+    return max(_LEAST_OFFSET, largest / n_vars)
 
 
 def mean_change(decoding: Decoding, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -91,7 +93,8 @@ def mean_change(decoding: Decoding, offsets: NDArray[np.float64]) -> NDArray[np.
     sums = np.zeros((len(design.ones), n_vars))
     for piece in decoding.pieces():
         over_genes(add_change, n_vars, piece.rho, piece.one, piece.two, offsets.astype(np.float32), sums)
-    return sums / design.cells.shape[1]
+    sums /= design.cells.shape[1]
+    return sums
 
 
 def estimate_delta(mean: NDArray[np.float64], seed: int) -> float:
@@ -157,13 +160,13 @@ def _of_slab(
             lower, change,
         )  # fmt: skip
     for i in range(len(k)):
-        moments = np.empty((4, n_genes))
-        over_genes(describe, n_genes, change[i], *moments)
+        mean, std, low, high = np.empty((4, n_genes))
+        over_genes(describe, n_genes, change[i], mean, std, low, high)
         middle = median(change[i])
         if levels:
             change[i].sort(axis=1)
         yield Change(
-            higher[i] / m, lower[i] / m, moments[0], middle, *moments[1:],
+            higher[i] / m, lower[i] / m, mean, middle, std, low, high,
             {level: shortest_interval(change[i], level) for level in levels},
         )  # fmt: skip
 
@@ -180,8 +183,10 @@ def shortest_interval(ordered: NDArray[np.float32], level: float) -> NDArray[np.
 def _joined(parts: list[Change]) -> Change:
     if len(parts) == 1:
         return parts[0]
-    names = ("higher", "lower", "mean", "median", "std", "low", "high")
-    intervals = {
-        level: np.concatenate([part.intervals[level] for part in parts]) for level in parts[0].intervals
-    }
-    return Change(*(np.concatenate([getattr(part, name) for part in parts]) for name in names), intervals)
+    names = [field.name for field in fields(Change) if field.name != "intervals"]
+    joined: Any = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    levels = parts[0].intervals
+    return Change(
+        **joined,
+        intervals={level: np.concatenate([part.intervals[level] for part in parts]) for level in levels},
+    )

@@ -139,6 +139,22 @@ def groups_by_cells(atlas: Atlas, idx1: Cells, idx2: Cells | None) -> Groups:
     return Groups(codes, ("one", "two"), ((0, 1),), by_label=False)
 
 
+def cells_of(atlas: Atlas, groupby: str | None, group: str | None, idx: Cells | None) -> NDArray[np.int64]:
+    """Positions of the cells of one group: a level of a column, or cells as they are named otherwise.
+
+    Raises:
+        OptionError: neither, or both, or a column without a level.
+    """
+    if idx is not None and groupby is None and group is None:
+        return _cells(atlas, idx, "idx")
+    if idx is not None or groupby is None or group is None:
+        raise OptionError("name one group of cells: groupby= and group=, a level of it, or idx= alone")
+    codes, levels = level_codes(atlas, groupby)
+    name = as_level(group)
+    _check_level(atlas, groupby, name, levels)
+    return np.flatnonzero(codes == levels.index(name))
+
+
 def _objects(values: Any) -> NDArray[Any]:
     return np.asarray(values, dtype=object)
 
@@ -161,7 +177,7 @@ def _cells(atlas: Atlas, cells: Cells, name: str) -> NDArray[np.int64]:
         index=pd.RangeIndex(atlas.n_obs),
     )
     try:
-        found = frame.query(cells).index.to_numpy(np.int64)
+        found: NDArray[np.int64] = frame.query(cells).index.to_numpy(np.int64)
     except Exception as error:  # pandas raises what the query's own code raises
         raise ObsError(
             f"{name}={cells!r} cannot be asked of obs of {atlas.name} ({' '.join(str(error).split())}); "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atlasvi.de import Question, calibration, decode_batches, differential_expression, groups_of
+from atlasvi.de import Question, calibration, cells_of, decode_batches, differential_expression, groups_of
 from atlasvi.errors import (
     ModelError,
     NotTrainedError,
@@ -754,11 +754,9 @@ class CountModel(Generic[Config, Module]):
             (2, 0)
         """
         self._must_be_trained()
-        if groupby is not None and group is None:
-            raise OptionError(f"calibration(groupby={groupby!r}) needs group=, the level to split in halves")
         atlas, codes = self._data(adata)
         chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)
-        groups = groups_of(atlas, groupby, None if groupby is None else [str(group)], None, chosen, None)
+        cells = cells_of(atlas, groupby, group, chosen)
         batches1, batches2 = decode_batches(self.fields, estimator, batch_correction, None, None)
         question = Question(
             mode, estimator, delta, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
@@ -767,7 +765,7 @@ class CountModel(Generic[Config, Module]):
         )  # fmt: skip
         with bar("calibration", n_splits, "splits", enabled=not silent) as advance:
             return calibration(
-                self.module, atlas, codes, self.fields.var_names, np.flatnonzero(groups.codes == 0), question,
+                self.module, atlas, codes, self.fields.var_names, cells, question,
                 n_splits=n_splits, n_cells=n_cells, advance=advance,
             )  # fmt: skip
 
