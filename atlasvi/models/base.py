@@ -25,6 +25,7 @@ from atlasvi.errors import (
 from atlasvi.infer.decode import Request, chunk_rows, lazy_expression, piece_rows
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.latent import latent_blocks
+from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
 from atlasvi.models.data import (
     Data,
@@ -586,6 +587,59 @@ class CountModel(Generic[Config, Module]):
             values,
             index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
             columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
+        )
+
+    def cell_quality(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        n_samples: int = 5,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How well the model reconstructs each cell, and that beside cells of its depth.
+
+        The log-likelihood of a cell falls with its number of counts, so by itself it says little but depth;
+        ``depth_score`` says how many standard deviations the error of a cell is above the median of cells
+        with about as many counts: high for cells that are unlike what the model learnt.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells; depths are compared among them.
+            n_samples: draws of z averaged over.
+            batch_size: cells at a time; does not change the result.
+            seed: of the draws.
+
+        Returns:
+            A row a cell: ``total_counts`` and ``n_genes`` of the model's genes, ``reconstruction_error``,
+            -log p(x given z) in nats, and ``depth_score``.
+
+        Raises:
+            OptionError: ``n_samples`` below 1.
+
+        Example:
+            >>> found = model.cell_quality(n_samples=2)
+            >>> list(found.columns)
+            ['total_counts', 'n_genes', 'reconstruction_error', 'depth_score']
+        """
+        import pandas as pd
+
+        self._must_be_trained()
+        atlas, _ = self._data(adata)
+        found = cell_quality(
+            self.module, self._minibatches(adata, indices, batch_size), self._device,
+            n_samples=n_samples, seed=seed,
+        )  # fmt: skip
+        names = atlas.obs_names.astype(object)
+        return pd.DataFrame(
+            {
+                "total_counts": found.total,
+                "n_genes": found.n_genes,
+                "reconstruction_error": found.error,
+                "depth_score": beside_like_depth(found.error, found.total),
+            },
+            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
         )
 
     # --- differential expression ----------------------------------------------------------------
