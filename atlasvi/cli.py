@@ -383,6 +383,72 @@ def decode(
 
 
 @app.command()
+def de(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlases: Atlases,
+    out: Out,
+    groupby: Annotated[str | None, typer.Option(help="Column of obs with the groups.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A level to compare; repeat for more; default each of them.")
+    ] = None,
+    versus: Annotated[str | None, typer.Option(help="The level to compare with; default all others.")] = None,
+    cells: Annotated[
+        str | None, typer.Option(help="Instead: a query of obs, such as \"cell_type == 'T' and age < 30\".")
+    ] = None,
+    versus_cells: Annotated[str | None, typer.Option(help="A query of the cells to compare with.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="'vanilla' (Bayes factors) or 'change' (fold changes).")
+    ] = "vanilla",
+    delta: Annotated[float, typer.Option(help="With 'change': log2 fold change that counts.")] = 0.25,
+    fdr_target: Annotated[float, typer.Option(help="With 'change': expected share of false calls.")] = 0.05,
+    estimator: Annotated[str, typer.Option(help="With 'vanilla': 'pooled' or 'paper'.")] = "pooled",
+    batch_correction: Annotated[
+        bool | None,
+        typer.Option("--batch-correction/--own-batch", help="Decode under every batch, or each cell's own."),
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Draws from each group.")] = 5000,
+    volcano: Annotated[Path | None, typer.Option(help="Draw one comparison into this .svg.")] = None,
+    heat_map: Annotated[Path | None, typer.Option(help="Draw the best genes into this .svg.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write which genes differ between groups of cells, as .csv, .tsv or either with .gz.
+
+    Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
+    """
+    from atlasvi.errors import OptionError, StoreError
+    from atlasvi.models.scvi import SCVI
+
+    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
+    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
+    for path in (out, volcano, heat_map):
+        if path is not None and path.exists() and not overwrite:
+            raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
+    trained = SCVI.load(model, _open(atlases))
+    found = trained.differential_expression(
+        groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
+        batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
+        n_samples_overall=n_samples, seed=seed,
+    )  # fmt: skip
+    found.to_csv(out, sep="\t" if suffixes[-1] == ".tsv" else ",", index_label="gene")
+    _draw(found, volcano, heat_map)
+    called = found[next(column for column in found if column.startswith("is_de_"))]
+    typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")
+
+
+def _draw(found: Any, volcano: Path | None, heat_map: Path | None) -> None:
+    """Charts of a table of differential expression, as files of their own."""
+    from atlasvi import plots
+
+    for path, draw in ((volcano, plots.volcano), (heat_map, plots.marker_heat_map)):
+        if path is not None:
+            path.write_text(plots.as_file(draw(found)))
+
+
+@app.command()
 def demo(
     out: Out,
     cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,
