@@ -244,15 +244,20 @@ def train(
         int | None, typer.Option(help="Passes over the cells; default by their number.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.001.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default by schedule.")] = None,
     kl_warmup_epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs over which the KL weight rises to 1; default 400, or the model's."),
+        typer.Option(help="Epochs over which the KL weight rises to 1; default by schedule."),
     ] = None,
     train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
+    schedule: Annotated[
+        str | None, typer.Option(help="adaptive or scvi-tools; default adaptive, or the model's own.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bf16 for the large products.")] = "float32",
     early_stopping: Annotated[
-        bool, typer.Option("--early-stopping", help="Stop when validation stalls.")
-    ] = False,
+        bool | None,
+        typer.Option("--early-stopping/--all-epochs", help="Stop when validation stalls, or not."),
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     seed: Seed = 0,
     memory_budget: MemoryBudget = None,
@@ -305,7 +310,8 @@ def train(
     else:
         trained.train(
             max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
-            early_stopping=early_stopping,
+            early_stopping=early_stopping, precision=precision,
+            schedule="scvi-tools" if paper and schedule is None else schedule,
             plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
             checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
             memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
@@ -468,7 +474,8 @@ def demo(
 
 # Options of `train` that a model fitted by passes over the cells has no use for.
 _OF_MINIBATCHES = (
-    "accelerator", "batch_size", "early_stopping", "lr", "kl_warmup_epochs", "checkpoint_every", "resume"
+    "accelerator", "batch_size", "schedule", "precision", "early_stopping", "lr", "kl_warmup_epochs",
+    "checkpoint_every", "resume",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from atlasvi.models.data import (
     split_cells,
 )
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
+from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
@@ -257,6 +258,7 @@ class CountModel(Generic[Config, Module]):
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
         device = choose_device(accelerator, devices)
+        ranks.join(device)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         terms = ("elbo", "reconstruction_loss", "kl_local")
@@ -281,11 +283,12 @@ class CountModel(Generic[Config, Module]):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
         epochs = partial(
             Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget, rank=ranks.rank(), world_size=ranks.world_size(),
         )  # fmt: skip
         minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
-            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
+            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False,
+            positions=held_out[ranks.rank() :: ranks.world_size()],
             num_workers=num_workers, memory_budget=memory_budget,
         )  # fmt: skip
 
@@ -305,15 +308,17 @@ class CountModel(Generic[Config, Module]):
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
         label = "train, counts kept in memory" if minibatches.keeps else "train"
-        with bar(label, max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
+        shown = enable_progress_bar and ranks.rank() == 0
+        with bar(label, max_epochs * len(training), "cells", enabled=shown) as advance:
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
-                advance(epoch * len(training) + cells, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
+                done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
+                advance(done, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
 
             def after_epoch(record: EpochRecord) -> None:
                 # Kept as they come: a run that is interrupted in a notebook leaves a model to look at.
                 self.records.append(record)
-                if on_epoch is not None:
+                if on_epoch is not None and ranks.rank() == 0:
                     on_epoch(record)
 
             progress = fit(
@@ -853,6 +858,8 @@ class CountModel(Generic[Config, Module]):
             SpaceError: the disk is full; the folder stays what it was.
         """
         refuse("save", unsupported)
+        if ranks.rank():  # of several processes that have trained it, one writes it
+            return
         description = {
             "model": type(self).__name__,
             "config": asdict(self.config),  # type: ignore[call-overload]
