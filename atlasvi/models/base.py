@@ -48,6 +48,7 @@ from atlasvi.train.schedule import (
     PLANS,
     EarlyStopping,
     TrainingPlan,
+    adapted,
     default_epochs,
     steps_between_checks,
 )
@@ -272,6 +273,7 @@ class CountModel(Generic[Config, Module]):
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
+        plan = adapted(plan, len(training), batch_size)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
         if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
