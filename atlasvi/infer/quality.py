@@ -95,4 +95,6 @@ def beside_like_depth(error: NDArray[np.float64], total: NDArray[np.float64]) ->
     away = error - np.interp(depth, at, centres)
     spreads = np.array([np.median(np.abs(away[cells])) for cells in stretches])
     spread = np.interp(depth, at, spreads / _MAD_OF_NORMAL)
-    return np.divide(away, spread, out=np.zeros_like(away), where=spread > 0)
+    score = np.zeros(len(error))
+    np.divide(away, spread, out=score, where=spread > 0)
+    return score
