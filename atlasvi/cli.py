@@ -423,7 +423,7 @@ def de(
     Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
     """
     from atlasvi.errors import OptionError, StoreError
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
 
     suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
     if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
@@ -433,7 +433,7 @@ def de(
             raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
         if path is not None and not path.absolute().parent.is_dir():
             raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
-    trained = SCVI.load(model, _open(atlases))
+    trained = load(model, _open(atlases))
     found = trained.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
         batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,

@@ -645,7 +645,7 @@ class CountModel(Generic[Config, Module]):
         """
         import pandas as pd
 
-        self._must_be_trained()
+        self._must_decode()
         atlas, _ = self._data(adata)
         found = cell_quality(
             self.module, self._minibatches(adata, indices, batch_size), self._device,
@@ -752,7 +752,7 @@ class CountModel(Generic[Config, Module]):
             ['proba_m1', 'proba_m2', 'bayes_factor', 30]
         """
         refuse("differential_expression", unsupported)
-        self._must_be_trained()
+        self._must_decode()
         if weights not in (None, "uniform"):
             raise OptionError(f"weights={weights!r} is not supported; every cell of a group weighs the same")
         atlas, codes = self._data(adata)
@@ -827,7 +827,7 @@ class CountModel(Generic[Config, Module]):
             >>> len(found), int(found["n_called"].max())
             (2, 0)
         """
-        self._must_be_trained()
+        self._must_decode()
         atlas, codes = self._data(adata)
         chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)
         cells = cells_of(atlas, groupby, group, chosen)
@@ -924,6 +924,13 @@ class CountModel(Generic[Config, Module]):
     def _must_be_trained(self) -> None:
         if not self.is_trained:
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
+
+    def _must_decode(self) -> None:
+        self._must_be_trained()
+        if not isinstance(self.module, Encodes) or not isinstance(self.module, Decodes):
+            raise OptionError(
+                f"{type(self).__name__} has no expression of cells to ask for; SCVI and DCA have"
+            )
 
     def _must_encode(self) -> None:
         if not isinstance(self.module, Encodes):
