@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from atlasvi.memory import use_one_heap as _use_one_heap
 
 if "torch" not in sys.modules:
-    # OpenMP's threads would else spin between torch's loops and take the time of the readers and of
-    # compiled kernels: 1.3 times slower on two quiet cores, several times on busy ones.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As atlasvi_kernels does, which is imported later: how long OpenMP's threads spin while they wait.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 # Before any thread has a heap of its own.
 _use_one_heap()

@@ -50,6 +50,7 @@ def _run(atlas: atlasvi.Atlas, data_set: DataSet, seed: int) -> dict[str, Any]:
         max_epochs=data_set.max_epochs,
         accelerator="cpu",
         train_size=1.0,
+        schedule="scvi-tools",
         batch_size=RECIPE.batch_size,
         enable_progress_bar=False,
         seed=seed,

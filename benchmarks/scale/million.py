@@ -103,6 +103,7 @@ def _train(options: argparse.Namespace) -> str:
             batch_size=options.batch_size,
             memory_budget=options.budget,
             train_size=0.99,
+            schedule="scvi-tools",
             seed=0,
             plan_kwargs={"lr": 3e-3, "n_epochs_kl_warmup": 1},
         )

@@ -310,7 +310,8 @@ def held_out_elbo(path: Path, setting: Setting, seed: int, n_epochs: int) -> flo
         with setting.budget(len(train), fitted.bytes_per_row) as budget:
             model.train(
                 n_epochs, accelerator="cpu", train_size=1.0, memory_budget=budget, seed=seed,
-                enable_progress_bar=False, plan_kwargs={"n_epochs_kl_warmup": n_epochs // 2},
+                schedule="scvi-tools", enable_progress_bar=False,
+                plan_kwargs={"n_epochs_kl_warmup": n_epochs // 2},
             )  # fmt: skip
         elbo = mean(float(model.get_elbo(atlas[test], seed=draw)) for draw in range(_ELBO_DRAWS))
     return round(elbo, 3)
