@@ -18,6 +18,7 @@ that the schedule warms up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,8 @@ from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
+    import anndata
+
     from atlasvi.models.base import Data
 
 # Noise streams of a step: what is drawn apart from dropout, and the first of each network's layers.
@@ -337,3 +340,64 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         )
         model.plan = TrainingPlan(lr=1e-3, eps=0.01, weight_decay=1e-6, n_epochs_kl_warmup=400)
         return model
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: Data,
+        reference_model: SCVI | str | Path,
+        *,
+        unfrozen: bool = False,
+        freeze_batchnorm_encoder: bool = True,
+        freeze_batchnorm_decoder: bool = False,
+    ) -> SCVI:
+        """A model of new cells that starts from a trained one: new batches are added, the rest is frozen.
+
+        Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
+        the reference. For the query to be seen through its batch the reference needs
+        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+
+        Args:
+            adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
+                fills missing ones.
+            reference_model: the trained model, or its folder.
+            unfrozen: train everything.
+            freeze_batchnorm_encoder: leave the encoder's batch norms as they are.
+            freeze_batchnorm_decoder: leave the decoder's batch norms as they are.
+
+        Raises:
+            ModelError: the reference is of another class.
+            GenesError, ObsError: genes or columns that the query lacks.
+
+        Example:
+            >>> SCVI.setup_anndata(atlas, batch_key="batch")
+            >>> reference = SCVI(atlas, n_latent=5, encode_covariates=True)
+            >>> reference.train(max_epochs=1, enable_progress_bar=False)
+            >>> query = SCVI.load_query_data(atlas, reference)
+            >>> query.train(max_epochs=1, enable_progress_bar=False)
+            >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
+            True
+        """
+        from atlasvi.models.query import Freeze, map_query
+
+        freeze = Freeze(
+            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
+            True, not unfrozen,
+        )  # fmt: skip
+        model: SCVI = map_query(cls, adata, reference_model, freeze)
+        return model
+
+    @staticmethod
+    def prepare_query_anndata(adata: anndata.AnnData, reference_model: SCVI | str | Path) -> anndata.AnnData:
+        """A copy of the query with the reference's genes in their order; genes that it lacks are zero.
+
+        Args:
+            adata: counts in memory.
+            reference_model: a model, or its folder.
+
+        Raises:
+            GenesError: no gene is shared.
+        """
+        from atlasvi.models.query import prepare_query
+
+        return prepare_query(adata, reference_model)
