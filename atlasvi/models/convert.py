@@ -287,13 +287,16 @@ def to_scvi_tools(model: SCVI, path: str | Path, *, overwrite: bool = False) -> 
 
 
 def _init_params(config: SCVIConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name != "seed"}
+    ours = ("seed", "adversary", "mmd")
+    return {name: value for name, value in asdict(config).items() if name not in ours}
 
 
 def _besides(model: SCVI) -> dict[str, torch.Tensor]:
     """What scvi-tools' module has and ours does without: heads and an encoder that nothing is asked of."""
     config, n_vars = model.config, model.fields.n_vars
-    every = replace(config, gene_likelihood="zinb", dispersion="gene-cell", use_observed_lib_size=False)
+    every = replace(
+        config, gene_likelihood="zinb", dispersion="gene-cell", use_observed_lib_size=False, adversary=0.0
+    )
     moments = LibraryMoments((0.0,) * model.fields.n_batch, (1.0,) * model.fields.n_batch)
     module = SCVIModule(every, replace(model.fields, size_factor_key=None), moments)
     for parameter in module.parameters():

@@ -78,7 +78,8 @@ def map_query(cls: Any, adata: Data, reference: Any, freeze: Freeze) -> Any:
         levels = level_codes(atlas, fields.batch_key)[1]
         new = tuple(level for level in levels if level not in fields.batch_categories)
     fields = replace(fields, batch_categories=(*fields.batch_categories, *new))
-    model = cls.without_data(reference.config, fields)
+    # Penalties are on the reference's batches, and what they move is frozen.
+    model = cls.without_data(replace(reference.config, adversary=0.0, mmd=0.0), fields)
     model.atlas, model._codes = model._data(atlas)
     n_batch = reference.fields.n_batch
     _copy(reference.module, model.module, n_batch, len(new))

@@ -191,6 +191,7 @@ class SCANVIModule(SCVIModule):
         cross, divergence = self.label_terms(z, noise)
         latent = _log_normal(z, qz) + cross
         total = (reconstruction + latent + weights.kl * (divergence + kl_library)).mean()
+        total = total + self.penalty(z, minibatch)
         if minibatch.labelled is not None:
             total = total + self.config.classification_ratio * self.classification_loss(
                 minibatch.labelled, noise
@@ -264,6 +265,8 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         classifier_dropout_rate: in the classifier, if other than ``dropout_rate``.
         classification_ratio: weight of the cross-entropy.
         balance_labels: let labelled cells come equally often from each label.
+        adversary: as in `SCVI`.
+        mmd: as in `SCVI`.
         seed: of the initial weights.
 
     Raises:
@@ -302,13 +305,15 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         classifier_dropout_rate: float | None = None,
         classification_ratio: float = 50.0,
         balance_labels: bool = False,
+        adversary: float = 0.0,
+        mmd: float = 0.0,
         seed: int = 0,
     ) -> None:
         config = SCANVIConfig(
             n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
             use_observed_lib_size, encode_covariates, deeply_inject_covariates,
-            use_batch_norm, use_layer_norm, seed, linear_classifier, classifier_n_layers, classifier_n_hidden,
-            classifier_dropout_rate, classification_ratio, balance_labels,
+            use_batch_norm, use_layer_norm, seed, adversary, mmd, linear_classifier, classifier_n_layers,
+            classifier_n_hidden, classifier_dropout_rate, classification_ratio, balance_labels,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
 
