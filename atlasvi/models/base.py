@@ -316,7 +316,7 @@ class CountModel(Generic[Config, Module]):
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
-        if plan.start_at_means and not resume and isinstance(self.module, Starts):
+        if plan.start_at_means and not resume and self._starts_afresh and isinstance(self.module, Starts):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
@@ -369,6 +369,11 @@ class CountModel(Generic[Config, Module]):
 
     def _default_epochs(self, n_obs: int) -> int:
         return default_epochs(n_obs)
+
+    @property
+    def _starts_afresh(self) -> bool:
+        """Whether no weight was learnt yet: what was is not to be set to the genes' shares."""
+        return not self.is_trained
 
     @property
     def is_trained(self) -> bool:

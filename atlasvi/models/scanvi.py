@@ -574,6 +574,10 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         labelled = epochs(positions=training[has_label], weights=weights)
         return WithLabelled(epochs(positions=training), labelled)
 
+    @property
+    def _starts_afresh(self) -> bool:
+        return not (self.is_trained or self._was_pretrained)
+
     def _default_epochs(self, n_obs: int) -> int:
         most = default_epochs(n_obs)
         # Of a model that is mostly trained already, scvi-tools' rule.
