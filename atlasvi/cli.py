@@ -455,6 +455,31 @@ def _draw(found: Any, volcano: Path | None, heat_map: Path | None) -> None:
 
 
 @app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="A folder that scvi-tools saved, or a model folder.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a model folder of a SCVI, SCANVI or LinearSCVI that scvi-tools saved; or the other way, of a SCVI.
+
+    Nothing of what scvi-tools saved is run: weights, names and options are read, and the rest is refused.
+
+    Example: atlasvi convert scvi_tools_model -o model
+    """
+    from atlasvi.models import load
+    from atlasvi.models.convert import from_scvi_tools, to_scvi_tools
+    from atlasvi.models.folder import DESCRIPTION
+
+    if (model / DESCRIPTION).is_file():
+        trained = load(model)
+        to_scvi_tools(trained, out, overwrite=overwrite)
+    else:
+        trained = from_scvi_tools(model)
+        trained.save(out, overwrite=overwrite)
+    typer.echo(f"{trained!r} -> {out}")
+
+
+@app.command()
 def demo(
     out: Out,
     cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,

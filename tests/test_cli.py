@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
 
-COMMANDS = ["ingest", "info", "train", "latent", "decode", "demo"]
+COMMANDS = ["ingest", "info", "train", "latent", "decode", "convert", "demo"]
 # One thread: small tensors gain nothing from more, and processes of tests share the machine.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 SMALL = ["--n-hidden", "16", "--n-latent", "3", "--batch-size", "64", "--gene-mask", "none"]

@@ -109,6 +109,15 @@ class CountModel(Generic[Config, Module]):
         moments = library_moments(self.atlas, self._codes, self.fields.n_batch) if needs_library else None
         self._assemble(moments)
 
+    @classmethod
+    def without_data(cls, config: Config, fields: FieldMap) -> Any:
+        """A model of given sizes with weights yet to be filled in: what `load` begins with."""
+        model = cls.__new__(cls)
+        model.atlas, model._codes = None, None
+        model.config, model.fields = config, fields
+        model._assemble(LibraryMoments((0.0,) * fields.n_batch, (1.0,) * fields.n_batch))
+        return model
+
     def _assemble(self, moments: LibraryMoments | None) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # type: ignore[attr-defined]
@@ -116,12 +125,14 @@ class CountModel(Generic[Config, Module]):
         self.module.eval()
         self.plan = PLANS["adaptive"]
         self.records: list[EpochRecord] = []
+        # What trained it, if that was not `train`.
+        self.origin: str | None = None
         self.checks: list[Check] = []
         self._split: dict[str, Any] | None = None
         self._training: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
-        state = f"trained {len(self.records)} epochs" if self.records else "not trained"
+        state = f"trained {len(self.records)} epochs" if self.records else self.origin or "not trained"
         return f"{type(self).__name__}({self.fields.n_vars:,} genes, {self.fields.n_batch} batches, {state})"
 
     # --- setting up -----------------------------------------------------------------------------
@@ -305,7 +316,7 @@ class CountModel(Generic[Config, Module]):
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
-        if plan.start_at_means and not resume and isinstance(self.module, Starts):
+        if plan.start_at_means and not resume and self._starts_afresh and isinstance(self.module, Starts):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
@@ -360,9 +371,14 @@ class CountModel(Generic[Config, Module]):
         return default_epochs(n_obs)
 
     @property
+    def _starts_afresh(self) -> bool:
+        """Whether no weight was learnt yet: what was is not to be set to the genes' shares."""
+        return not self.is_trained
+
+    @property
     def is_trained(self) -> bool:
-        """Whether `train` has come to an end."""
-        return bool(self.records)
+        """Whether `train` has come to an end, or the weights came from a model that was trained."""
+        return bool(self.records) or self.origin is not None
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
@@ -864,6 +880,7 @@ class CountModel(Generic[Config, Module]):
             return
         description = {
             "model": type(self).__name__,
+            "origin": self.origin,
             "config": asdict(self.config),  # type: ignore[call-overload]
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(self.plan),
@@ -894,13 +911,10 @@ class CountModel(Generic[Config, Module]):
             raise ModelError(
                 f"{str(path)!r} is a {description.get('model')}, not a {cls.__name__}: use that class"
             )
-        model = cls.__new__(cls)
-        model.atlas, model._codes = None, None
         try:
-            model.config = cls.config_type(**description["config"])
-            model.fields = FieldMap.from_json(json.dumps(description["fields"]))
-            n_batch = model.fields.n_batch
-            model._assemble(LibraryMoments((0.0,) * n_batch, (1.0,) * n_batch))
+            fields = FieldMap.from_json(json.dumps(description["fields"]))
+            model = cls.without_data(cls.config_type(**description["config"]), fields)
+            model.origin = description.get("origin")
             model.plan = TrainingPlan(**description["plan"])
             model.records = [EpochRecord(**record) for record in description["records"]]
             model.checks = [Check(**check) for check in description.get("checks", [])]

@@ -46,6 +46,8 @@ from atlasvi.train.schedule import default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
+    import anndata
+
     from atlasvi.models.base import Data
 
 # Noise streams, apart from those of scVI.
@@ -189,6 +191,7 @@ class SCANVIModule(SCVIModule):
         cross, divergence = self.label_terms(z, noise)
         latent = _log_normal(z, qz) + cross
         total = (reconstruction + latent + weights.kl * (divergence + kl_library)).mean()
+        total = total + self.penalty(z, minibatch)
         if minibatch.labelled is not None:
             total = total + self.config.classification_ratio * self.classification_loss(
                 minibatch.labelled, noise
@@ -262,6 +265,8 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         classifier_dropout_rate: in the classifier, if other than ``dropout_rate``.
         classification_ratio: weight of the cross-entropy.
         balance_labels: let labelled cells come equally often from each label.
+        adversary: as in `SCVI`.
+        mmd: as in `SCVI`.
         seed: of the initial weights.
 
     Raises:
@@ -300,13 +305,15 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         classifier_dropout_rate: float | None = None,
         classification_ratio: float = 50.0,
         balance_labels: bool = False,
+        adversary: float = 0.0,
+        mmd: float = 0.0,
         seed: int = 0,
     ) -> None:
         config = SCANVIConfig(
             n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
             use_observed_lib_size, encode_covariates, deeply_inject_covariates,
-            use_batch_norm, use_layer_norm, seed, linear_classifier, classifier_n_layers, classifier_n_hidden,
-            classifier_dropout_rate, classification_ratio, balance_labels,
+            use_batch_norm, use_layer_norm, seed, adversary, mmd, linear_classifier, classifier_n_layers,
+            classifier_n_hidden, classifier_dropout_rate, classification_ratio, balance_labels,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
 
@@ -420,6 +427,71 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         model._was_pretrained = True
         return model
 
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: Data,
+        reference_model: SCANVI | str | Path,
+        *,
+        unfrozen: bool = False,
+        freeze_batchnorm_encoder: bool = True,
+        freeze_batchnorm_decoder: bool = False,
+        freeze_classifier: bool = True,
+    ) -> SCANVI:
+        """A model of new cells that starts from a trained one: new batches are added, the rest is frozen.
+
+        Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
+        the reference. For the query to be seen through its batch the reference needs
+        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+
+        Args:
+            adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
+                fills missing ones.
+            reference_model: the trained model, or its folder.
+            unfrozen: train everything.
+            freeze_batchnorm_encoder: leave the encoder's batch norms as they are.
+            freeze_batchnorm_decoder: leave the decoder's batch norms as they are.
+            freeze_classifier: leave the classifier as it is.
+
+        Raises:
+            ModelError: the reference is of another class.
+            GenesError, ObsError: genes or columns that the query lacks.
+
+        Example:
+            >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown", batch_key="batch")
+            >>> reference = SCANVI(atlas, n_latent=5, encode_covariates=True)
+            >>> reference.train(max_epochs=1, enable_progress_bar=False)
+            >>> query = SCANVI.load_query_data(atlas, reference)
+            >>> query.train(max_epochs=1, enable_progress_bar=False)
+            >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
+            True
+        """
+        from atlasvi.models.query import Freeze, map_query
+
+        freeze = Freeze(
+            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
+            freeze_classifier and not unfrozen, not unfrozen,
+        )  # fmt: skip
+        model: SCANVI = map_query(cls, adata, reference_model, freeze)
+        return model
+
+    @staticmethod
+    def prepare_query_anndata(
+        adata: anndata.AnnData, reference_model: SCANVI | str | Path
+    ) -> anndata.AnnData:
+        """A copy of the query with the reference's genes in their order; genes that it lacks are zero.
+
+        Args:
+            adata: counts in memory.
+            reference_model: a model, or its folder.
+
+        Raises:
+            GenesError: no gene is shared.
+        """
+        from atlasvi.models.query import prepare_query
+
+        return prepare_query(adata, reference_model)
+
     _was_pretrained = False
 
     @property
@@ -487,6 +559,9 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         _, codes = self._data(None)
         labels = codes.labels[training]
         has_label = labels < self.module.n_labels
+        if not has_label.any() and self.origin is not None:
+            # A query may have no labels: what there is to learn of them is learnt.
+            return epochs(positions=training)
         if has_label.sum() < 3:
             raise ObsError(
                 f"{has_label.sum()} of the {len(training):,} cells to train on have a label in obs column "
@@ -498,6 +573,10 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             weights = (1 / np.bincount(labels, minlength=self.module.n_labels).clip(1))[labels]
         labelled = epochs(positions=training[has_label], weights=weights)
         return WithLabelled(epochs(positions=training), labelled)
+
+    @property
+    def _starts_afresh(self) -> bool:
+        return not (self.is_trained or self._was_pretrained)
 
     def _default_epochs(self, n_obs: int) -> int:
         most = default_epochs(n_obs)

@@ -12,12 +12,13 @@ Generative model of cell n with batch s_n, for genes g (equation numbers of the 
 
 w, y and h are integrated out: x is ZINB. Inference: q(z|x) and q(log l|x) are normals whose means and
 variances are networks of log(1 + x). The loss is the negative ELBO, with a weight on KL(q(z|x)||p(z))
-that the schedule warms up.
+that the schedule warms up, and, if asked for, penalties on a latent that tells batches apart (`nn.critics`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
 from atlasvi.models.base import CountModel, LibraryMoments, one_of
+from atlasvi.nn.critics import BatchCritic, mmd
 from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
@@ -34,6 +36,8 @@ from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
+    import anndata
+
     from atlasvi.models.base import Data
 
 # Noise streams of a step: what is drawn apart from dropout, and the first of each network's layers.
@@ -58,6 +62,8 @@ class SCVIConfig:
     use_batch_norm: str = "both"
     use_layer_norm: str = "none"
     seed: int = 0
+    adversary: float = 0.0
+    mmd: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what the model cannot be."""
@@ -71,6 +77,9 @@ class SCVIConfig:
                 raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
         if not 0 <= self.dropout_rate < 1:
             raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
+        for name in ("adversary", "mmd"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} is a weight and must be at least 0, is {getattr(self, name)}")
 
 
 class SCVIModule(nn.Module):
@@ -93,6 +102,11 @@ class SCVIModule(nn.Module):
         self.has_size_factor = fields.size_factor_key is not None
         self.library_is_latent = not (config.use_observed_lib_size or self.has_size_factor)
 
+        self.n_batch = fields.n_batch
+        if (config.adversary or config.mmd) and fields.n_batch < 2:
+            raise OptionError(
+                "adversary and mmd hold batches against each other, and there is one; set up batch_key="
+            )
         self.encoder = self.make_encoder(fields)
         self.decoder = self.make_decoder(fields)
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
@@ -107,6 +121,8 @@ class SCVIModule(nn.Module):
             )
             self.register_buffer("library_log_mean", torch.tensor(library.log_mean, dtype=torch.float32))
             self.register_buffer("library_log_var", torch.tensor(library.log_var, dtype=torch.float32))
+        if config.adversary:
+            self.critic = BatchCritic(config.n_latent, config.n_hidden, fields.n_batch)
 
     @torch.no_grad()
     def start_at(self, shares: torch.Tensor) -> None:
@@ -228,8 +244,18 @@ class SCVIModule(nn.Module):
         library, kl_library = self.library(minibatch, noise)
         reconstruction = -self.log_likelihood(z, library, minibatch, weights.matmul_dtype)
         kl_z = qz.kl_divergence()
-        total = (reconstruction + weights.kl * kl_z + kl_library).mean()
+        total = (reconstruction + weights.kl * kl_z + kl_library).mean() + self.penalty(z, minibatch)
         return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())
+
+    def penalty(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+        """What is added to the loss for a latent that tells batches apart; 0 by default."""
+        config, total = self.config, z.new_zeros(())
+        if config.adversary:
+            guess, confusion = self.critic(z, minibatch.batch_index)
+            total = total + guess + config.adversary * confusion
+        if config.mmd:
+            total = total + config.mmd * mmd(z, minibatch.batch_index, self.n_batch)
+        return total
 
     def decode_log_rho(
         self, z: torch.Tensor, minibatch: Minibatch, genes: torch.Tensor | None = None
@@ -275,6 +301,8 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         deeply_inject_covariates: add them to every hidden layer, or to the first only.
         use_batch_norm: in ``"encoder"``, ``"decoder"``, ``"both"`` or ``"none"``.
         use_layer_norm: likewise.
+        adversary: weight, in nats a cell, of a critic that guesses batches from z and is played against.
+        mmd: weight of the squared maximum mean discrepancy of z between batches; 0 as published.
         seed: of the initial weights.
 
     Raises:
@@ -308,12 +336,14 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         deeply_inject_covariates: bool = True,
         use_batch_norm: str = "both",
         use_layer_norm: str = "none",
+        adversary: float = 0.0,
+        mmd: float = 0.0,
         seed: int = 0,
     ) -> None:
         config = SCVIConfig(
             n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
             use_observed_lib_size, encode_covariates, deeply_inject_covariates,
-            use_batch_norm, use_layer_norm, seed,
+            use_batch_norm, use_layer_norm, seed, adversary, mmd,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
 
@@ -337,3 +367,64 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         )
         model.plan = TrainingPlan(lr=1e-3, eps=0.01, weight_decay=1e-6, n_epochs_kl_warmup=400)
         return model
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: Data,
+        reference_model: SCVI | str | Path,
+        *,
+        unfrozen: bool = False,
+        freeze_batchnorm_encoder: bool = True,
+        freeze_batchnorm_decoder: bool = False,
+    ) -> SCVI:
+        """A model of new cells that starts from a trained one: new batches are added, the rest is frozen.
+
+        Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
+        the reference. For the query to be seen through its batch the reference needs
+        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+
+        Args:
+            adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
+                fills missing ones.
+            reference_model: the trained model, or its folder.
+            unfrozen: train everything.
+            freeze_batchnorm_encoder: leave the encoder's batch norms as they are.
+            freeze_batchnorm_decoder: leave the decoder's batch norms as they are.
+
+        Raises:
+            ModelError: the reference is of another class.
+            GenesError, ObsError: genes or columns that the query lacks.
+
+        Example:
+            >>> SCVI.setup_anndata(atlas, batch_key="batch")
+            >>> reference = SCVI(atlas, n_latent=5, encode_covariates=True)
+            >>> reference.train(max_epochs=1, enable_progress_bar=False)
+            >>> query = SCVI.load_query_data(atlas, reference)
+            >>> query.train(max_epochs=1, enable_progress_bar=False)
+            >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
+            True
+        """
+        from atlasvi.models.query import Freeze, map_query
+
+        freeze = Freeze(
+            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
+            True, not unfrozen,
+        )  # fmt: skip
+        model: SCVI = map_query(cls, adata, reference_model, freeze)
+        return model
+
+    @staticmethod
+    def prepare_query_anndata(adata: anndata.AnnData, reference_model: SCVI | str | Path) -> anndata.AnnData:
+        """A copy of the query with the reference's genes in their order; genes that it lacks are zero.
+
+        Args:
+            adata: counts in memory.
+            reference_model: a model, or its folder.
+
+        Raises:
+            GenesError: no gene is shared.
+        """
+        from atlasvi.models.query import prepare_query
+
+        return prepare_query(adata, reference_model)

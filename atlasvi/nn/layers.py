@@ -69,6 +69,8 @@ class InputLinear(nn.Module):
     def __init__(self, n_in: int, n_out: int, n_levels: tuple[int, ...] = (), n_continuous: int = 0) -> None:
         super().__init__()
         self.used = [i for i, n in enumerate(n_levels) if n > 1]
+        # Number of rows of the first categorical covariate, the batch, which come first among these.
+        self.n_sees_batch = n_levels[0] if n_levels and n_levels[0] > 1 else 0
         sizes = [n_levels[i] for i in self.used]
         n_extra = n_continuous + sum(sizes)
         self.n_continuous = n_continuous

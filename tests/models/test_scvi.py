@@ -125,6 +125,13 @@ def test_library_moments_are_those_of_the_logs_by_batch(adata):
     np.testing.assert_allclose(model.module.library_log_mean, found.log_mean, rtol=1e-6)
 
 
+def test_what_was_learnt_is_not_set_to_the_shares_of_genes_again(adata):
+    model = train(build(adata), 3)
+    before = model.module.decoder.scale.bias.detach().clone()
+    train(model, 1, plan_kwargs={"lr": 1e-9, "averaging": None})
+    torch.testing.assert_close(model.module.decoder.scale.bias, before, rtol=0, atol=1e-5)
+
+
 # --- what it leaves alone -----------------------------------------------------------------------
 
 

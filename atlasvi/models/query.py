@@ -1,0 +1,219 @@
+"""Query mapping (scArches, Lotfollahi et al. 2022, Nature Biotechnology 40, 121): new batches for a model.
+
+Each batch of the query that the reference does not know gets a row of weight in every layer that sees the
+batch; these rows are trained on the query, and the rest stays what it was. A row begins as the mean of the
+rows of the batches there are, so that a new batch is decoded like an average one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atlasvi.errors import GenesError, ModelError, OptionError
+from atlasvi.models import load
+from atlasvi.models.data import library_moments
+from atlasvi.nn.layers import InputLinear
+from atlasvi.store.atlas import as_atlas
+from atlasvi.store.fields import level_codes
+from atlasvi.types import FieldMap
+
+if TYPE_CHECKING:
+    import anndata
+
+    from atlasvi.models.base import Data
+
+_FEW_GENES = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """What of a reference is not trained on a query; names and defaults are scvi-tools'.
+
+    Args:
+        batchnorm_encoder: scales, shifts and running moments of the encoder's batch norms.
+        batchnorm_decoder: those of the decoder's.
+        classifier: the classifier of `SCANVI`.
+        everything_else: all weights but the rows of new batches.
+    """
+
+    batchnorm_encoder: bool = True
+    batchnorm_decoder: bool = False
+    classifier: bool = True
+    everything_else: bool = True
+
+
+def map_query(cls: Any, adata: Data, reference: Any, freeze: Freeze) -> Any:
+    """A model of the query: the reference's weights, with rows for the batches that are new.
+
+    Args:
+        cls: class of the model.
+        adata: the query; it need not have been set up.
+        reference: a trained model, or its folder.
+        freeze: what is not trained.
+
+    Raises:
+        ModelError: the reference is of another class.
+        NotTrainedError: it is not trained.
+        GenesError, ObsError: genes or columns that the query lacks.
+    """
+    if isinstance(reference, str | Path):
+        reference = load(reference)
+    if type(reference) is not cls:
+        raise ModelError(
+            f"the reference is a {type(reference).__name__}, not a {cls.__name__}; use that class"
+        )
+    reference._must_be_trained()
+    fields: FieldMap = reference.fields
+    atlas = as_atlas(adata, layer=fields.layer)
+    new = ()
+    if fields.batch_key is not None:
+        levels = level_codes(atlas, fields.batch_key)[1]
+        new = tuple(level for level in levels if level not in fields.batch_categories)
+    fields = replace(fields, batch_categories=(*fields.batch_categories, *new))
+    # Penalties are on the reference's batches, and what they move is frozen.
+    model = cls.without_data(replace(reference.config, adversary=0.0, mmd=0.0), fields)
+    model.atlas, model._codes = model._data(atlas)
+    n_batch = reference.fields.n_batch
+    _copy(reference.module, model.module, n_batch, len(new))
+    if model.module.library_is_latent:
+        moments = library_moments(model.atlas, model._codes, fields.n_batch)
+        for name, values in (("library_log_mean", moments.log_mean), ("library_log_var", moments.log_var)):
+            getattr(model.module, name)[n_batch:] = torch.tensor(values)[n_batch:]
+    _freeze(model.module, n_batch, freeze)
+    # A decay would move the frozen rows that lie in one parameter with the new ones.
+    model.plan = replace(reference.plan, weight_decay=0.0)
+    model.origin = f"of a reference, with {len(new)} new batches"
+    return model
+
+
+def _copy(old: nn.Module, new: nn.Module, n_batch: int, n_new: int) -> None:
+    """The old weights, and for rows of new batches the mean of the old batches' rows."""
+    state, theirs = new.state_dict(), old.state_dict()
+    for name, value in state.items():
+        if name in theirs and theirs[name].shape == value.shape:
+            value.copy_(theirs[name])
+    layers = dict(old.named_modules())
+    for name, layer in new.named_modules():
+        before = layers[name]
+        if isinstance(layer, InputLinear) and isinstance(before, InputLinear) and layer.n_sees_batch:
+            _copy_rows(before, layer, n_batch, n_new)
+    if "log_theta" in state and state["log_theta"].shape != theirs["log_theta"].shape:
+        state["log_theta"][:n_batch] = theirs["log_theta"]
+        state["log_theta"][n_batch:] = theirs["log_theta"].mean(0)
+    for name in ("library_log_mean", "library_log_var"):
+        if name in theirs:
+            state[name][:n_batch] = theirs[name]
+
+
+def _copy_rows(old: InputLinear, new: InputLinear, n_batch: int, n_new: int) -> None:
+    assert new.covariate_weight is not None
+    rows, first = new.covariate_weight.data.zero_(), new.n_continuous
+    if old.covariate_weight is None:
+        return
+    # One batch says nothing and had no row: that is a row of zeros.
+    n_old = n_batch if old.n_sees_batch else 0
+    continuous, batches, rest = old.covariate_weight.data.tensor_split([first, first + n_old])
+    rows[:first], rows[first + n_batch + n_new :] = continuous, rest
+    if n_old:
+        rows[first : first + n_old] = batches
+        rows[first + n_old : first + n_old + n_new] = batches.mean(0)
+
+
+def _freeze(module: Any, n_batch: int, freeze: Freeze) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.BatchNorm1d):
+            is_decoder = name.split(".")[0] in ("decoder", "u_decoder")
+            frozen = freeze.batchnorm_decoder if is_decoder else freeze.batchnorm_encoder
+            if frozen:
+                # Its running moments in training too, or the frozen layers behind it would see others.
+                part.register_forward_pre_hook(_use_running_moments)
+            part.requires_grad_(not frozen)
+        elif freeze.everything_else:
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    if hasattr(module, "classifier"):
+        module.classifier.requires_grad_(not freeze.classifier)
+    if not freeze.everything_else:
+        return
+    for part in module.modules():
+        if (
+            isinstance(part, InputLinear)
+            and part.n_sees_batch > n_batch
+            and part.covariate_weight is not None
+        ):
+            part.covariate_weight.requires_grad_(True)
+            first = part.n_continuous
+            part.covariate_weight.register_hook(_only_rows(first + n_batch, first + part.n_sees_batch))
+    if module.config.dispersion == "gene-batch" and hasattr(module, "log_theta"):
+        module.log_theta.requires_grad_(True)
+        module.log_theta.register_hook(_only_rows(n_batch, len(module.log_theta)))
+
+
+def _use_running_moments(norm: nn.Module, _: Any) -> None:
+    norm.eval()
+
+
+def _only_rows(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[start:stop] = gradient[start:stop]
+        return kept
+
+    return hook
+
+
+def prepare_query(adata: anndata.AnnData, reference: Any) -> anndata.AnnData:
+    """The query with the reference's genes in their order, those that it lacks as zeros.
+
+    Args:
+        adata: counts by cells and genes, in memory.
+        reference: a model, or its folder.
+
+    Raises:
+        GenesError: no gene is shared.
+        OptionError: counts in ``raw``.
+    """
+    import anndata
+    import scipy.sparse as sp
+
+    if isinstance(reference, str | Path):
+        reference = load(reference)
+    names = reference.fields.var_names
+    if reference.fields.layer == "raw":
+        raise OptionError("the reference takes counts from raw, which cannot be filled; put them into X")
+    at = adata.var_names.get_indexer(list(names))
+    share = float((at >= 0).mean())
+    if share == 0:
+        raise GenesError(
+            f"the query has none of the reference's {len(names)} genes, the first {names[0]!r}; give both "
+            "the same kind of names"
+        )
+    if share < _FEW_GENES:
+        warnings.warn(
+            f"the query has {share:.0%} of the reference's genes; the others are taken for zero",
+            UserWarning, stacklevel=3,
+        )  # fmt: skip
+    # A product with this matrix puts each gene into its place.
+    here = np.flatnonzero(at >= 0)
+    place = sp.csr_matrix(
+        (np.ones(len(here), np.float32), (at[here], here)), shape=(adata.n_vars, len(names))
+    )
+
+    def moved(matrix: Any) -> Any:
+        counts = sp.csr_matrix(matrix)
+        return (counts @ place.astype(counts.dtype)).tocsr()
+
+    var = adata.var.reindex(list(names))
+    layers = {key: moved(value) for key, value in adata.layers.items()}
+    return anndata.AnnData(moved(adata.X), adata.obs.copy(), var, adata.uns.copy(), layers=layers)
+
+
+__all__ = ["Freeze", "map_query", "prepare_query"]
