@@ -26,11 +26,13 @@ from .csr_linear import csr_linear
 from .linear_count_ll import linear_count_log_likelihood
 from .noise import counter_normal, counter_uniform
 from .pool import RowPool
+from .softmax_linear import SoftmaxLinear
 
 __all__ = [
     "CSR",
     "Entries",
     "RowPool",
+    "SoftmaxLinear",
     "count_log_likelihood",
     "count_log_likelihood_entries",
     "counter_normal",

@@ -23,7 +23,6 @@ _INSTEAD = {
     "logger": "use model.history, or on_epoch=",
     "callbacks": "use on_epoch=",
     "simple_progress_bar": "use enable_progress_bar",
-    "n_samples_overall": "pass cells= and n_samples= to model.expression",
     "strategy": "training is on one device",
 }
 

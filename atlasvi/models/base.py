@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,11 @@ from atlasvi.errors import (
     ObsError,
     OptionError,
 )
-from atlasvi.infer.decode import Request, chunk_rows, lazy_expression, piece_rows
+from atlasvi.infer.decode import Request, lazy_expression
 from atlasvi.infer.elbo import elbo_blocks
+from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
+from atlasvi.infer.normalized import Weighting, normalized_expression
 from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
 from atlasvi.models.data import (
     Data,
@@ -67,7 +69,6 @@ MOST_LOOKED_AT = 4096
 PRECISIONS = {
     "float32": "float32", "32-true": "float32", "32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16",
 }  # fmt: skip
-LARGEST_DENSE = 2 << 30
 
 
 class CountModel(Generic[Config, Module]):
@@ -460,16 +461,45 @@ class CountModel(Generic[Config, Module]):
         loss = torch.cat([term.reconstruction for term in terms]).double()
         return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
 
+    def encode(
+        self, data: Data | None = None, *, cells: Any = None, batch_size: int | None = None
+    ) -> Encoded:
+        """Latents of cells with all that decoding needs besides; given in place of data, no counts are read.
+
+        A few dozen bytes a cell are held. What is asked of it again costs less: the log-normaliser of each
+        cell, posterior sample and batch is kept, so that some genes cost those genes only.
+
+        Args:
+            data: other data; that of the model when ``None``. It need not have been set up.
+            cells: positions (from the end if negative), a slice or a boolean mask.
+            batch_size: cells at a time; does not change the result.
+
+        Example:
+            >>> cells = model.encode()
+            >>> model.get_normalized_expression(cells, gene_list=["G0003"]).shape == (atlas.n_obs, 1)
+            True
+        """
+        self._must_be_trained()
+        atlas, codes = self._data(data)
+        if cells is not None:
+            atlas = atlas[cell_positions(cells, atlas.n_obs)]
+            codes = resolve(self.fields, atlas)
+        epochs = Epochs(atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False)
+        return encode_cells(self.module, epochs(), codes, atlas.row_numbers, atlas.read_names)
+
     def expression(
         self,
-        data: Data | None = None,
+        data: Data | Encoded | None = None,
         *,
         cells: Any = None,
         genes: Sequence[str] | None = None,
         transform_batch: str | Sequence[str] | None = None,
         library_size: float | str = 1,
         n_samples: int = 1,
+        return_mean: bool = True,
         seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
     ) -> da.Array:
         """Normalised expression rho as a lazy ``dask.array``, cells x genes; nothing is computed until asked.
 
@@ -477,115 +507,115 @@ class CountModel(Generic[Config, Module]):
         (seed, sample, cell) alone, so no result depends on the chunks.
 
         Args:
-            data: other data; that of the model when ``None``. It need not have been set up.
+            data: other data, or what `encode` made; the data of the model when ``None``. Data need not have
+                been set up.
             cells: positions (from the end if negative), a slice or a boolean mask.
             genes: names of genes, in the order wanted; all when ``None``.
             transform_batch: decode as if every cell came from this batch; several are averaged.
-            library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size.
-            n_samples: draws of z averaged over.
+            library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size (a draw of it
+                with each draw of z, where it is latent).
+            n_samples: draws of z.
+            return_mean: average over draws, or give each: samples x cells x genes.
             seed: of the draws.
+            precision: of the product with the decoder's last layer: ``"float32"``, or ``"bfloat16"``, faster
+                where the machine multiplies it: rho of a gene in a cell is then off by up to a few percent, a
+                mean over a hundred cells by some tenths (docs/decoding.md).
+            memory_budget: bytes, or ``"500MB"``, that the chunks in work may take; 64 MiB on two cores when
+                ``None``.
 
         Raises:
             GenesError, ObsError: genes or batches that the model does not know, with near names.
-            OptionError: ``n_samples`` below 1.
+            OptionError: ``n_samples`` below 1, or another argument out of range.
+            ModelError: what `encode` made is of other weights.
 
         Example:
             >>> rho = model.expression(genes=["G0001", "G0002"])
             >>> float(rho[:100].mean().compute()) > 0
             True
         """
-        self._must_be_trained()
-        if n_samples < 1:
-            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
-        if isinstance(library_size, str) and library_size != "latent":
-            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
-        atlas, codes = self._data(data)
-        positions = None if cells is None else cell_positions(cells, atlas.n_obs)
-        n_obs = atlas.n_obs if positions is None else len(positions)
-        at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
-        request = Request(
-            at,
-            self._batch_codes(transform_batch),
-            None if library_size == "latent" else float(library_size),
+        request = self._request(
+            genes,
+            transform_batch,
+            library_size,
             n_samples,
-            seed,
+            return_mean=return_mean,
+            seed=seed,
+            precision=precision,
         )
-        n_vars = self.fields.n_vars
-        view = atlas[:, codes.gene_columns]
-
-        def read(start: int, stop: int) -> Minibatch:
-            chosen = np.arange(start, stop) if positions is None else positions[start:stop]
-            return pack(view.read_rows(chosen), chosen, codes, atlas.numbers_of(chosen))
-
-        return lazy_expression(
-            self.module, read, n_obs, n_vars if at is None else len(at), request,
-            rows_per_chunk=chunk_rows(n_obs, n_vars), rows_per_piece=piece_rows(n_vars),
-        )  # fmt: skip
+        source, _ = self._source(data, cells)
+        return lazy_expression(self.module, source, self.fields.n_vars, request, memory_budget=memory_budget)
 
     def get_normalized_expression(
         self,
-        adata: Data | None = None,
+        adata: Data | Encoded | None = None,
         indices: Sequence[int] | None = None,
         transform_batch: str | Sequence[str] | None = None,
         gene_list: Sequence[str] | None = None,
         library_size: float | str = 1,
         n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
         return_mean: bool = True,
         return_numpy: bool | None = None,
         silent: bool = True,
         *,
-        batch_size: int | None = None,
+        max_cells: int = 1024,
+        truncation: bool = False,
+        n_mc_samples: int = 500,
         seed: int = 0,
+        precision: str = "float32",
         **unsupported: object,
     ) -> Any:
         """Rho as a data frame (or array): for results that fit in memory; others are refused with their size.
 
         Args:
-            adata: other data; that of the model when ``None``.
+            adata: other data, or what `encode` made; the data of the model when ``None``.
             indices: positions of the cells.
             transform_batch: decode as if every cell came from this batch; several are averaged.
             gene_list: names of genes.
             library_size: rho is multiplied by it; ``"latent"`` for each cell's own.
-            n_samples: draws of z averaged over.
-            return_mean: must be ``True``: draws are averaged.
+            n_samples: draws of z.
+            n_samples_overall: so many rows instead of one a cell: draws of z of cells chosen at random, with
+                replacement.
+            weights: how they are chosen: ``"uniform"``, or ``"importance"``: draws that explain many of the
+                cells more often (Boyeau et al. 2019).
+            batch_size: ignored: chunks are chosen by size and do not change the result.
+            return_mean: average over draws, or give each: samples x cells x genes, an array.
             return_numpy: an array instead of a data frame.
             silent: show no progress bar.
-            batch_size: ignored: chunks are chosen by size and do not change the result.
+            max_cells: with importance weights: cells that they are measured on, at most.
+            truncation: with importance weights: bring the smallest up to the mean (Ionides 2008).
+            n_mc_samples: with importance weights: draws for the likelihood of each of these cells.
             seed: of the draws.
+            precision: see `expression`.
             **unsupported: refused by name.
 
         Raises:
             OptionError: the result would be larger than 2 GiB; names its size and the lazy call.
+
+        Example:
+            >>> model.get_normalized_expression(indices=[3, 7], gene_list=["G0001"], n_samples=5).shape
+            (2, 1)
         """
         refuse("get_normalized_expression", unsupported)
-        if not return_mean and n_samples > 1:
-            raise OptionError(
-                "return_mean=False with several samples is not supported; call model.expression(seed=...) "
-                "once for each draw"
-            )
-        rho = self.expression(
-            adata, cells=indices, genes=gene_list,
-            transform_batch=transform_batch, library_size=library_size, n_samples=n_samples, seed=seed,
-        )  # fmt: skip
-        if rho.nbytes > LARGEST_DENSE:
-            raise OptionError(
-                f"{rho.shape[0]:,} cells x {rho.shape[1]:,} genes are {rho.nbytes / 2**30:.1f} GiB of rho; "
-                "ask for fewer with indices= or gene_list=, or use the lazy model.expression(...)"
-            )
-        with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
-            values = rho.compute()
-            advance(rho.shape[0], "")
-        if return_numpy:
-            return values
-        import pandas as pd
-
-        atlas, _ = self._data(adata)
-        names = atlas.obs_names.astype(object)
-        return pd.DataFrame(
-            values,
-            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
-            columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
+        request = self._request(
+            gene_list,
+            transform_batch,
+            library_size,
+            n_samples,
+            return_mean=return_mean,
+            seed=seed,
+            precision=precision,
         )
+        weighting = Weighting.of(weights, max_cells, truncation, n_mc_samples)
+        source, names = self._source(adata, indices)
+        genes = list(self.fields.var_names if gene_list is None else as_names(gene_list))
+        return normalized_expression(
+            self.module, source, names, genes, self.fields.n_vars, request,
+            n_samples_overall=n_samples_overall, weighting=weighting, return_numpy=return_numpy,
+            silent=silent,
+        )  # fmt: skip
 
     # --- files ----------------------------------------------------------------------------------
 
@@ -692,6 +722,53 @@ class CountModel(Generic[Config, Module]):
             positions=None if indices is None else cell_positions(indices, atlas.n_obs),
         )  # fmt: skip
         return epochs()
+
+    def _request(
+        self,
+        genes: Sequence[str] | None,
+        transform_batch: str | Sequence[str] | None,
+        library_size: float | str,
+        n_samples: int,
+        *,
+        return_mean: bool = True,
+        seed: int = 0,
+        precision: str = "float32",
+    ) -> Request:
+        """What is asked, in the model's terms."""
+        self._must_be_trained()
+        if n_samples < 1:
+            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
+        if isinstance(library_size, str) and library_size != "latent":
+            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
+        one_of("precision", precision, ("float32", "bfloat16"))
+        at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
+        return Request(
+            None if at is None else at.to(self._device),
+            self._batch_codes(transform_batch),
+            None if library_size == "latent" else float(library_size),
+            n_samples, seed=seed, return_mean=return_mean, precision=precision,
+        )  # fmt: skip
+
+    def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:
+        """Cells to decode, and their names when they are asked for."""
+        if isinstance(data, Encoded):
+            data.check(self.module)
+            if cells is None:
+                return data, lambda: data.read_names(0, len(data))
+            at = cell_positions(cells, len(data))
+            return Selected(data, at), lambda: data.read_names(0, len(data))[at]
+        atlas, codes = self._data(data)
+        positions = None if cells is None else cell_positions(cells, atlas.n_obs)
+        view = atlas[:, codes.gene_columns]
+
+        def read(start: int, stop: int) -> Minibatch:
+            chosen = np.arange(start, stop) if positions is None else positions[start:stop]
+            return pack(view.read_rows(chosen), chosen, codes, atlas.numbers_of(chosen))
+
+        def names() -> NDArray[Any]:
+            return atlas.obs_names if positions is None else atlas.obs_names[positions]
+
+        return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()
