@@ -52,7 +52,8 @@ class Request:
     precision: str = "float32"
 
 
-Answer = Callable[[EncodedBlock], NDArray[np.float32]]
+# Of a block of cells, into ``(B, k)`` or ``(n_layers, B, k)``; called from any thread.
+Answer = Callable[[EncodedBlock, NDArray[np.float32]], None]
 
 
 class Decoding:
@@ -79,8 +80,8 @@ class Decoding:
         )
 
     @torch.no_grad()
-    def __call__(self, block: EncodedBlock) -> NDArray[np.float32]:
-        """``(B, k)`` of some cells, or ``(n_samples, B, k)``.
+    def __call__(self, block: EncodedBlock, out: NDArray[np.float32]) -> None:
+        """Write ``(B, k)`` of some cells, or ``(n_samples, B, k)``.
 
         A draw depends on (seed, sample, cell) alone: however the cells are cut, they get the same.
         """
@@ -89,15 +90,14 @@ class Decoding:
         variants = [(code, in_batch(block.cells, code)) for code in codes]
         n_kept = 1 if request.return_mean else request.n_samples
         n_averaged = len(codes) * request.n_samples // n_kept
-        out = np.empty((n_kept, len(block.cells), self.n_out), np.float32)
+        layers = out[None] if request.return_mean else out
         for k in range(request.n_samples):
             sample = request.first_sample + k
             z = block.draw(request.seed, sample)
             factor = self._factor(block, sample) / n_averaged
             for i, (code, cells) in enumerate(variants):
                 add = i > 0 or k >= n_kept
-                self._into(out[k % n_kept], block, z, cells, factor, (request.seed, sample, code), add)
-        return out[0] if request.return_mean else out
+                self._into(layers[k % n_kept], block, z, cells, factor, (request.seed, sample, code), add)
 
     def _factor(self, block: EncodedBlock, sample: int) -> torch.Tensor:
         size = self._request.library_size
@@ -196,7 +196,7 @@ def lazy(
     """A ``dask.array`` of what is answered of each cell, ``(n_obs, n_out)`` float32.
 
     Args:
-        answer: of a block of cells; called from any thread.
+        answer: of a block of cells.
         source: of the cells.
         device: where blocks are decoded.
         n_out: numbers a cell.
@@ -213,7 +213,7 @@ def lazy(
         found = np.empty((*lead, stop - start, n_out), np.float32)
         for a in range(start, stop, rows_per_piece):
             b = min(a + rows_per_piece, stop)
-            found[..., a - start : b - start, :] = answer(source.read(a, b, device))
+            answer(source.read(a, b, device), found[..., a - start : b - start, :])
         return found
 
     n_obs = source.n_obs

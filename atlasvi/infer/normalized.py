@@ -149,6 +149,7 @@ def _overall(
             stop = min(start + step, source.n_obs)
             wanted = np.flatnonzero((samples == sample) & (cells >= start) & (cells < stop))
             if len(wanted):
-                block = source.read(start, stop, device)
-                values[wanted] = decoding(block)[cells[wanted] - start]
+                found = np.empty((stop - start, answer.n_out), np.float32)
+                decoding(source.read(start, stop, device), found)
+                values[wanted] = found[cells[wanted] - start]
     return cells, values
