@@ -1,9 +1,9 @@
 """Counts and gamma variates of each entry of a matrix, counter-based: functions of (seed, step, row, column).
 
-A count is the quantile of a uniform number at its distribution: one uniform number an entry, and a step of a
-recursion for each count, so that a cell costs its genes and its total. No entry depends on which others are
-drawn with it. Generator and layout of the counters are those of `atlasvi_kernels.noise`, with the column in the
-place of the block.
+A count is the quantile of a uniform number at its distribution: one uniform number an entry, and a step of
+a recursion for each count, so that a cell costs its genes and its total. No entry depends on which others are
+drawn with it. Generator and layout of the counters are those of `atlasvi_kernels.noise`, with the column in
+the place of the block.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _quantile(u, mu, theta):  # type: ignore[no-untyped-def]
         over = mu / (theta + mu)
         start, slope = theta, 1.0
     k, p = 0, 1.0
-    # p(k + 1) / p(k) = over (start + slope k) / (k + 1). Where p(0) is no float64, go up until p(k) is one: what
-    # lies below weighs nothing.
+    # p(k + 1) / p(k) = over (start + slope k) / (k + 1). Where p(0) is no float64, go up until p(k) is one:
+    # what lies below weighs nothing.
     while log_p < -700.0:
         p *= over * (start + slope * k) / (k + 1.0)
         k += 1

@@ -39,6 +39,13 @@ def refuse(method: str, arguments: Mapping[str, object]) -> None:
         raise OptionError(f"{method}({name}=...) is not supported; {_INSTEAD.get(name, 'see its docstring')}")
 
 
+def at_least_one(name: str, value: int) -> int:
+    """Refuse a number below 1, naming it."""
+    if value < 1:
+        raise OptionError(f"{name} must be at least 1, is {value}")
+    return int(value)
+
+
 def choose_device(accelerator: str, devices: int | str) -> torch.device:
     """The device to train on, as scvi-tools' ``accelerator`` and ``devices`` name it."""
     one_of("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))

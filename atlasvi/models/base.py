@@ -21,12 +21,32 @@ from atlasvi.errors import (
     ObsError,
     OptionError,
 )
+from atlasvi.infer.correlation import correlation_matrix
 from atlasvi.infer.decode import Request, lazy_expression
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
-from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
+from atlasvi.infer.sample import (
+    NeighbouringCells,
+    PriorCells,
+    SampledCells,
+    computed_parameters,
+    latent_library_size,
+    likelihood_parameters,
+    nearest,
+    numbered,
+    sampled_matrices,
+)
+from atlasvi.models.arguments import (
+    as_names,
+    at_least_one,
+    cell_positions,
+    choose_device,
+    gene_positions,
+    one_of,
+    refuse,
+)
 from atlasvi.models.data import (
     Data,
     LibraryMoments,
@@ -38,7 +58,9 @@ from atlasvi.models.data import (
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
+from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
+from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
@@ -617,6 +639,267 @@ class CountModel(Generic[Config, Module]):
             silent=silent,
         )  # fmt: skip
 
+    def posterior_predictive_sample(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        silent: bool = True,
+        *,
+        seed: int = 0,
+        out: str | Path | None = None,
+        **unsupported: object,
+    ) -> Any:
+        """Counts that the model would see of the cells again: z ~ q(z|x), l ~ q(l|x), then p(x | z, l).
+
+        A count depends on (seed, sample, cell, gene) alone.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            transform_batch: sample as if every cell came from this batch; over several, the mean of the
+                counts under each.
+            n_samples: draws of each cell.
+            gene_list: names of genes.
+            batch_size: ignored: it does not change the result.
+            silent: ignored.
+            seed: of the draws.
+            out: write an atlas there, a few cells at a time: samples one after the other.
+            **unsupported: refused by name.
+
+        Returns:
+            A ``csr_matrix``, cells x genes; a list of them for several samples; with ``out``, the `Atlas`.
+
+        Raises:
+            OptionError: the result would be larger than 2 GiB.
+
+        Example:
+            >>> model.posterior_predictive_sample(indices=[3, 7]).shape == (2, atlas.n_vars)
+            True
+        """
+        refuse("posterior_predictive_sample", unsupported)
+        request = self._request(gene_list, transform_batch, "latent", n_samples, seed=seed)
+        source, names = self._source(adata, indices)
+        if out is not None:
+            return self._drawn(source, request, names, out)
+        found = sampled_matrices(self.module, source, self.fields.n_vars, request)
+        return found[0] if n_samples == 1 else found
+
+    def sample_prior(
+        self,
+        n_cells: int,
+        data: Data | Encoded | None = None,
+        *,
+        transform_batch: str | None = None,
+        library_size: float | str = "latent",
+        genes: Sequence[str] | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+    ) -> Atlas:
+        """Cells that nobody saw: z ~ N(0, I), then counts from p(x | z, l).
+
+        Each takes batch, covariates and library size of a cell of the data chosen at random; a library size
+        that is latent is drawn from the prior of the batch.
+
+        Args:
+            n_cells: how many.
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            transform_batch: the batch of all of them.
+            library_size: expected counts of each cell; ``"latent"`` as said above.
+            genes: names of genes.
+            seed: of the draws.
+            out: write them to an atlas there.
+
+        Returns:
+            An atlas of cells that are drawn when they are read, or of those written at ``out``.
+
+        Example:
+            >>> cells = model.sample_prior(100)
+            >>> cells.shape == (100, atlas.n_vars)
+            True
+        """
+        request = self._request(genes, transform_batch, library_size, 1, seed=seed)
+        like = data if isinstance(data, Encoded) else self.encode(data)
+        cells = PriorCells(self.module, like, at_least_one("n_cells", n_cells), seed)
+        return self._drawn(cells, request, lambda: numbered("prior", n_cells), out)
+
+    def sample_neighbourhood(
+        self,
+        cell: int,
+        n_cells: int,
+        data: Data | Encoded | None = None,
+        *,
+        n_neighbors: int = 15,
+        transform_batch: str | None = None,
+        library_size: float | str = "latent",
+        genes: Sequence[str] | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+    ) -> Atlas:
+        """Unseen cells like one that is there: z from the posterior of one of its neighbours, then counts.
+
+        Batch, covariates and library size are those of the cell.
+
+        Args:
+            cell: position of the cell.
+            n_cells: how many.
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            n_neighbors: nearest cells that z is drawn from, itself among them, by their means of z.
+            transform_batch: the batch of all of them.
+            library_size: expected counts of each cell; ``"latent"`` as the cell's.
+            genes: names of genes.
+            seed: of the draws.
+            out: write them to an atlas there.
+
+        Returns:
+            An atlas of cells that are drawn when they are read, or of those written at ``out``.
+
+        Example:
+            >>> model.sample_neighbourhood(5, 20).read_rows([0, 1]).shape == (2, atlas.n_vars)
+            True
+        """
+        request = self._request(genes, transform_batch, library_size, 1, seed=seed)
+        like = data if isinstance(data, Encoded) else self.encode(data)
+        like.check(self.module)
+        at = int(cell_positions([cell], len(like))[0])
+        neighbours = nearest(like, at, at_least_one("n_neighbors", n_neighbors))
+        cells = NeighbouringCells(like, at, neighbours, at_least_one("n_cells", n_cells), seed)
+        return self._drawn(cells, request, lambda: numbered(f"near-{at}", n_cells), out)
+
+    def get_likelihood_parameters(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 1,
+        give_mean: bool = False,
+        batch_size: int | None = None,
+        *,
+        gene_list: Sequence[str] | None = None,
+        transform_batch: str | None = None,
+        seed: int = 0,
+        lazy: bool = False,
+        **unsupported: object,
+    ) -> dict[str, Any]:
+        """Parameters of p(x | z, l), as far as the likelihood has them.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            n_samples: draws of z.
+            give_mean: average over draws.
+            batch_size: ignored: it does not change the result.
+            gene_list: names of genes.
+            transform_batch: as if every cell came from this batch.
+            seed: of the draws.
+            lazy: ``dask.array``s, of which only the chunks asked for are computed.
+            **unsupported: refused by name.
+
+        Returns:
+            ``"mean"`` (mu, before dropout), ``"dispersions"`` (theta) and ``"dropout"`` (probabilities), each
+            cells x genes float32, or samples x cells x genes.
+
+        Raises:
+            OptionError: the result would be larger than 2 GiB.
+
+        Example:
+            >>> sorted(model.get_likelihood_parameters(indices=[3]))
+            ['dispersions', 'dropout', 'mean']
+        """
+        refuse("get_likelihood_parameters", unsupported)
+        request = self._request(
+            gene_list,
+            transform_batch,
+            "latent",
+            n_samples,
+            seed=seed,
+            return_mean=give_mean or n_samples == 1,
+        )
+        source, _ = self._source(adata, indices)
+        found = likelihood_parameters(self.module, source, self.fields.n_vars, request)
+        return dict(found) if lazy else computed_parameters(found)
+
+    def get_latent_library_size(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int | None = None,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> NDArray[np.float32]:
+        """``(n_obs, 1)`` library sizes: the mean of q(l|x), or a draw; if observed with ``give_mean=False``.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            give_mean: the mean, or one draw.
+            batch_size: ignored: it does not change the result.
+            seed: of the draw.
+            **unsupported: refused by name.
+
+        Raises:
+            OptionError: a mean is asked of a library size that is not inferred.
+
+        Example:
+            >>> model.get_latent_library_size(give_mean=False).shape == (atlas.n_obs, 1)
+            True
+        """
+        refuse("get_latent_library_size", unsupported)
+        self._must_be_trained()
+        source, _ = self._source(adata, indices)
+        return latent_library_size(self.module, source, self.fields.n_vars, give_mean=give_mean, seed=seed)
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: str | Sequence[str] | None = None,
+        correlation_type: str = "spearman",
+        silent: bool = True,
+        *,
+        gene_list: Sequence[str] | None = None,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> pd.DataFrame:
+        """Correlations between genes of w ~ Gamma(shape theta, mean l rho) over cells and draws of z.
+
+        Genes x genes are held, never cells x genes.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            n_samples: draws of z of each cell.
+            batch_size: ignored: it does not change the result.
+            rna_size_factor: l of every cell.
+            transform_batch: as if every cell came from this batch; of several, the mean of the correlations
+                under each.
+            correlation_type: ``"spearman"`` or ``"pearson"``.
+            silent: ignored.
+            gene_list: names of genes.
+            seed: of the draws.
+            **unsupported: refused by name.
+
+        Example:
+            >>> model.get_feature_correlation_matrix(gene_list=["G0001", "G0002"], n_samples=2).shape
+            (2, 2)
+        """
+        refuse("get_feature_correlation_matrix", unsupported)
+        one_of("correlation_type", correlation_type, ("spearman", "pearson"))
+        request = self._request(gene_list, transform_batch, float(rna_size_factor), n_samples, seed=seed)
+        source, _ = self._source(adata, indices)
+        genes = list(self.fields.var_names if gene_list is None else as_names(gene_list))
+        found = correlation_matrix(self.module, source, self.fields.n_vars, request, correlation_type)
+        import pandas as pd
+
+        return pd.DataFrame(found, index=genes, columns=genes)
+
     # --- files ----------------------------------------------------------------------------------
 
     def save(self, dir_path: str | Path, overwrite: bool = False, **unsupported: object) -> None:
@@ -769,6 +1052,16 @@ class CountModel(Generic[Config, Module]):
             return atlas.obs_names if positions is None else atlas.obs_names[positions]
 
         return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
+
+    def _drawn(
+        self, source: Source, request: Request, names: Callable[[], NDArray[Any]], out: str | Path | None
+    ) -> Atlas:
+        """Counts drawn from the model, as an atlas."""
+        cells = SampledCells(self.module, source, self.fields, request, names)
+        if out is None:
+            return Atlas(cells)
+        ingest(cells, out)
+        return open_atlas(out)
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()

@@ -69,7 +69,7 @@ def test_no_chunk_is_larger_than_the_limit(model, monkeypatch):
     seen = []
     real = decode_module.Decoding.__call__
     monkeypatch.setattr(
-        decode_module.Decoding, "__call__", lambda self, b, out: seen.append(len(b.cells)) or real(self, b, out)
+        decode_module.Decoding, "__call__", lambda self, b, o: seen.append(len(b.cells)) or real(self, b, o)
     )
     small_chunks(monkeypatch)
     model.expression().compute()
