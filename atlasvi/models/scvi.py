@@ -241,8 +241,10 @@ class SCVIModule(nn.Module):
         """Mean before dropout, inverse dispersion and dropout logits of p(x | z, l, s)."""
         h = self.hidden(z, minibatch)
         mu = self._log_rho(h, genes).exp_() * library.unsqueeze(1)
-        theta, index = self.theta(h, minibatch)
-        if theta is not None:
+        theta, index = self.theta(minibatch)
+        if isinstance(theta, nn.Linear):
+            theta = self.decoder.genes(theta, h, genes).exp()
+        elif theta is not None:
             theta = theta if genes is None else theta[..., genes]
             theta = theta if index is None else theta[index]
         pi = self.decoder.pi
