@@ -353,6 +353,53 @@ def decode(
 
 
 @app.command()
+def impute(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
+    out: Out,
+    genes: Annotated[
+        list[str] | None, typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")
+    ] = None,
+    transform_batch: Annotated[
+        list[str] | None, typer.Option(help="Impute as if in this batch; several are averaged.")
+    ] = None,
+    technical_zeros: Annotated[
+        bool,
+        typer.Option("--technical-zeros", help="Add a layer: the probability that a zero is technical."),
+    ] = False,
+    n_samples: Annotated[int, typer.Option(help="Draws of z averaged over.")] = 1,
+    seed: Seed = 0,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for chunks in work, such as 500MB.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write imputed counts, chunk by chunk, as an AnnData Zarr store: to look at, not to test on.
+
+    Example: atlasvi impute model atlas.zarr -o imputed.zarr -g CD3E --technical-zeros
+    """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.write import write_expression
+    from atlasvi.models.scvi import SCVI
+    from atlasvi.progress import bar
+
+    if out.resolve() in (Path(atlas).resolve(), model.resolve()):
+        raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
+    trained = SCVI.load(model, atlas)
+    how: Any = {"genes": genes, "n_samples": n_samples, "seed": seed, "memory_budget": memory_budget}
+    counts = trained.denoised_counts(transform_batch=transform_batch, **how)
+    layers = {}
+    if technical_zeros:
+        layers["technical_zero"] = trained.technical_zeros(transform_batch=transform_batch, **how)
+    with bar("impute", counts.shape[0], "cells") as advance:
+        names = list(genes or trained.fields.var_names)
+        write_expression(
+            counts, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance, layers=layers
+        )
+    typer.echo(f"imputed counts: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes -> {out}")
+
+
+@app.command()
 def demo(
     out: Out,
     cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,

@@ -22,7 +22,7 @@ ORDER = [
     ["infer"],
     ["de"],
     ["models"],
-    ["metrics", "simulate", "plots"],
+    ["metrics", "simulate", "plots", "imputation"],
     ["report"],
     ["demo"],
     ["cli"],

@@ -23,6 +23,7 @@ from atlasvi.errors import (
 )
 from atlasvi.infer.correlation import correlation_matrix
 from atlasvi.infer.decode import Request, lazy_expression
+from atlasvi.infer.dropout import technical_zeros
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
@@ -638,6 +639,71 @@ class CountModel(Generic[Config, Module]):
             n_samples_overall=n_samples_overall, weighting=weighting, return_numpy=return_numpy,
             silent=silent,
         )  # fmt: skip
+
+    def denoised_counts(
+        self,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+    ) -> da.Array:
+        """Imputed counts as a lazy ``dask.array``, cells x genes: l rho, the mean of a count before dropout.
+
+        To look at and to smooth, not to test hypotheses on: docs/imputation.md. Draws of such counts are
+        `posterior_predictive_sample`. Arguments are those of `expression`, of which this is
+        ``library_size="latent"``.
+
+        Example:
+            >>> model.denoised_counts(genes=["G0003"]).shape == (atlas.n_obs, 1)
+            True
+        """
+        return self.expression(
+            data, cells=cells, genes=genes, transform_batch=transform_batch, library_size="latent",
+            n_samples=n_samples, seed=seed, precision=precision, memory_budget=memory_budget,
+        )  # fmt: skip
+
+    def technical_zeros(
+        self,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | None = None,
+        n_samples: int = 1,
+        seed: int = 0,
+        memory_budget: int | str | None = None,
+    ) -> da.Array:
+        """Probability that a zero is technical, as a lazy ``dask.array``, cells x genes.
+
+        It is that of dropout given the zero, pi / (pi + (1 - pi) p(y = 0)), y the count before dropout, and
+        0 for counts that are not zero. Of cells that `encode` made nobody knows which are: then it is what it
+        would be if all were zero.
+
+        Args:
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            cells: positions (from the end if negative), a slice or a boolean mask.
+            genes: names of genes.
+            transform_batch: as if every cell came from this batch.
+            n_samples: draws of z averaged over.
+            seed: of the draws.
+            memory_budget: bytes, or ``"500MB"``, that the chunks in work may take.
+
+        Raises:
+            OptionError: the likelihood has no dropout.
+
+        Example:
+            >>> p = model.technical_zeros(genes=["G0003"]).compute()
+            >>> bool(((p >= 0) & (p <= 1)).all())
+            True
+        """
+        request = self._request(genes, transform_batch, "latent", n_samples, seed=seed)
+        source, _ = self._source(data, cells)
+        return technical_zeros(self.module, source, self.fields.n_vars, request, memory_budget)
 
     def posterior_predictive_sample(
         self,
