@@ -19,6 +19,7 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.compact import open_compact, publish
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SCVI", "Atlas", "AtlasviError", "Simulation", "ingest", "open"]
+__all__ = ["SCVI", "Atlas", "AtlasviError", "Simulation", "ingest", "open", "open_compact", "publish"]
 
 _WHERE = {
     "SCVI": "atlasvi.models.scvi",
@@ -35,6 +36,8 @@ _WHERE = {
     "Simulation": "atlasvi.simulate",
     "ingest": "atlasvi.store.ingest",
     "open": "atlasvi.store.atlas",
+    "open_compact": "atlasvi.models.compact",
+    "publish": "atlasvi.models.compact",
 }
 
 

@@ -400,6 +400,58 @@ def impute(
 
 
 @app.command()
+def publish(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlases: Atlases,
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="Of the latents: float16 or float32.")] = "float16",
+    obs: Annotated[
+        list[str] | None, typer.Option(help="A column of obs to publish; repeat for more; default all.")
+    ] = None,
+    transform_batch: Annotated[
+        list[str] | None, typer.Option(help="A batch to keep normalisers of, besides each cell's own.")
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Posterior samples to keep normalisers of.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write all that is needed to decode an atlas, and not its counts, to one folder.
+
+    Example: atlasvi publish model atlas.zarr -o my.atlasvi
+    """
+    from atlasvi.models.compact import load_model
+    from atlasvi.models.compact import publish as run
+
+    trained = load_model(model, _open(atlases))
+    run(
+        trained, None, out, dtype=dtype, obs=obs, transform_batch=transform_batch or (), n_samples=n_samples,
+        overwrite=overwrite,
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    typer.echo(
+        f"{trained.atlas.n_obs:,} cells x {trained.fields.n_vars:,} genes in {size / 2**20:,.1f} MiB -> {out}"
+    )
+
+
+@app.command()
+def serve(
+    published: Annotated[Path, typer.Argument(help="What atlasvi publish wrote.")],
+    port: Annotated[int, typer.Option(help="Port of this machine; 0: any that is free.")] = 8000,
+    at_once: Annotated[int, typer.Option(help="Requests answered at a time; others are told to wait.")] = 8,
+) -> None:
+    """Offer a published atlas to Zarr clients on this machine, read-only, until Ctrl-C.
+
+    Example: atlasvi serve my.atlasvi --port 8000
+    """
+    from atlasvi.models.compact import open_compact
+    from atlasvi.serve import RhoServer
+
+    server = RhoServer(open_compact(published).store, port, at_once=at_once)
+    typer.echo(f"{published} at {server.url} (layers/rho); Ctrl-C ends it")
+    with server:
+        server.serve_forever()
+
+
+@app.command()
 def demo(
     out: Out,
     cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,

@@ -40,7 +40,7 @@ class Corruption:
     @property
     def changed(self) -> NDArray[np.bool_]:
         """``(n,)`` which of the chosen entries are other than they were."""
-        return self.before != self.after
+        return np.not_equal(self.before, self.after)
 
 
 def uniform_zero(

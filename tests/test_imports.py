@@ -23,7 +23,7 @@ ORDER = [
     ["de"],
     ["models"],
     ["metrics", "simulate", "plots", "imputation"],
-    ["report"],
+    ["report", "serve"],
     ["demo"],
     ["cli"],
 ]

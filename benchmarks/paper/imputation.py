@@ -1,10 +1,10 @@
-"""Imputation error on real counts, and the correlations that imputation makes: the tables of docs/imputation.md.
+"""Imputation error on real counts, and correlations that imputation makes: for docs/imputation.md.
 
-    python -m benchmarks.paper.imputation [--data FOLDER] [--peer DIR/bin/python] [--epochs 100] [--sets NAME ...]
+    python -m benchmarks.paper.imputation [--data FOLDER] [--peer DIR/bin/python] [--epochs 100]
 
-Counts are corrupted (`atlasvi.imputation`), each method sees what is left, and says what was there at the entries
-that were changed. Methods: the model (means of 10 draws), scvi-tools with the same number of epochs, PCA of ten
-dimensions on log(1 + counts to the median depth) and back, the gene's mean at the cell's depth, and the constant 1.
+Counts are corrupted (`atlasvi.imputation`), each method sees what is left, and says what was there at the
+entries that were changed. Methods: the model (means of 10 draws), scvi-tools with as many epochs, PCA of ten
+dimensions on log(1 + counts to the median depth) and back, the gene's mean at the cell's depth, and 1.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     DIR/bin/python benchmarks/peers/scvi_tools_imputation.py IN.npz OUT.npy EPOCHS
 
-IN has a CSR of corrupted counts (``data``, ``indices``, ``indptr``, ``shape``) and entries (``rows``, ``genes``).
+IN has a CSR of corrupted counts (``data``, ``indices``, ``indptr``, ``shape``) and entries (``rows``,
+``genes``).
 """
 
 from __future__ import annotations
