@@ -40,7 +40,8 @@ class Corruption:
     @property
     def changed(self) -> NDArray[np.bool_]:
         """``(n,)`` which of the chosen entries are other than they were."""
-        return np.not_equal(self.before, self.after)
+        changed: NDArray[np.bool_] = self.before != self.after
+        return changed
 
 
 def uniform_zero(
