@@ -223,8 +223,10 @@ def entropy_of_batch_mixing(
     drawn = np.random.default_rng(seed).integers(0, n, (n_repeats, n_cells))
     # Each cell once, though several repeats may draw it.
     asked, where = np.unique(drawn, return_inverse=True)
-    found = NearestNeighbors(n_neighbors=n_neighbors + 1).fit(points).kneighbors(
-        points[asked], return_distance=False
+    found = (
+        NearestNeighbors(n_neighbors=n_neighbors + 1)
+        .fit(points)
+        .kneighbors(points[asked], return_distance=False)
     )
     # A cell is its own nearest neighbour, unless others lie on it; then the last goes.
     other = found != asked[:, None]
@@ -243,9 +245,7 @@ def entropy_of_batch_mixing(
     )
 
 
-def silhouette(
-    latent: NDArray[Any], labels: Any, *, seed: int, max_cells: int = 5_000
-) -> tuple[float, int]:
+def silhouette(latent: NDArray[Any], labels: Any, *, seed: int, max_cells: int = 5_000) -> tuple[float, int]:
     """Mean silhouette width of the labels in the latent (Rousseeuw 1987), and of how many cells.
 
     Raises:

@@ -412,9 +412,7 @@ def _fit(xy: NDArray[Any], size: int, *, pad: int) -> NDArray[Any]:
     return np.asarray(centred * np.array([1.0, -1.0]) + size / 2)
 
 
-def _class_names(
-    points: NDArray[Any], codes: NDArray[Any], labels: Sequence[str], size: int
-) -> list[str]:
+def _class_names(points: NDArray[Any], codes: NDArray[Any], labels: Sequence[str], size: int) -> list[str]:
     """The names of the classes where each is densest, moved apart where they would touch."""
     shown = [code for code in range(len(labels)) if (codes == code).any()]
     at = np.array([_densest(points[codes == code], size) for code in shown]).reshape(-1, 2)

@@ -402,9 +402,7 @@ def _views(embedding: Embedding, size: int = 500) -> tuple[str, str]:
     return by_type, plots.scatter(embedding.xy, batches, colours, alt=alt, size=size, diameter=diameter)
 
 
-def _classes(
-    column: pd.Categorical, *, second: bool = False
-) -> tuple[NDArray[Any], list[str], list[str]]:
+def _classes(column: pd.Categorical, *, second: bool = False) -> tuple[NDArray[Any], list[str], list[str]]:
     column = column.remove_unused_categories()
     names = [str(level) for level in column.categories]
     return np.asarray(column.codes), names, plots.palette(names, grey=("empty", "unknown"), second=second)

@@ -228,6 +228,16 @@ def lazy(
     return found
 
 
+def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:
+    """A chunk of rows of a lazy cells x genes array, computed here and now, without the copy that ``compute`` makes."""
+    import dask
+
+    chunk = array.blocks[index]
+    ((key,),) = chunk.__dask_keys__()
+    found: NDArray[np.float32] = dask.get(chunk.__dask_graph__(), key)  # type: ignore[attr-defined]
+    return found
+
+
 def lazy_expression(
     module: torch.nn.Module,
     source: Source,
@@ -259,6 +269,7 @@ def lazy_expression(
 __all__ = [
     "Decoding",
     "Request",
+    "chunk_of",
     "chunk_rows",
     "in_batch",
     "lazy",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, OptionError, SpaceError, StoreError
 from atlasvi.files import replacing_folder
+from atlasvi.infer.decode import chunk_of
 from atlasvi.progress import Advance
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
@@ -129,8 +130,7 @@ def write_expression(
 
         def put(index: int) -> None:
             for array, lazy in arrays:
-                block = lazy.blocks[index].compute(scheduler="synchronous")
-                array[starts[index] : starts[index + 1]] = block
+                array[starts[index] : starts[index + 1]] = chunk_of(lazy, index)
 
         try:
             # One task decodes a chunk and writes it: were these two, Dask could decode ahead of the writing.

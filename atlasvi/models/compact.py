@@ -178,9 +178,7 @@ def publish(
     one_of("dtype", dtype, ("float16", "float32"))
     at_least_one("n_samples", n_samples)
     if out.exists() and not (out / INDEX).is_file():
-        raise StoreError(
-            f"{str(out)!r} is not a published atlas and will not be replaced; name another place"
-        )
+        raise StoreError(f"{str(out)!r} is no published atlas and will not be replaced; name another place")
     if out.exists() and not overwrite:
         raise StoreError(f"there is a {str(out)!r} already; pass overwrite, or name another place")
     codes = model._batch_codes(transform_batch or None)

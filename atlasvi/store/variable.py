@@ -77,9 +77,12 @@ def highly_variable_genes(
     for counts, at in read():
         indptr, indices, data = counts.numpy()
         _add_above(indptr, indices, data, codes[at], limit, above)
-    normed = np.stack([
-        _normed_variance(sums[b], above[b], limit[b], mean[b], std[b], int(n[b])) for b in range(len(batches))
-    ])
+    normed = np.stack(
+        [
+            _normed_variance(sums[b], above[b], limit[b], mean[b], std[b], int(n[b]))
+            for b in range(len(batches))
+        ]
+    )
     frame = pd.DataFrame(index=pd.Index(atlas.var_names.astype(object)))
     frame["means"], frame["variances"] = moments_of(merged(sums), atlas.n_obs)
     return _ranked(frame, normed, n_top_genes, flavor, with_batches=batch_key is not None)

@@ -15,6 +15,7 @@ Stages, each on what the one before it left in the folder:
 ``latent``     the means of q(z|x) into ``obsm`` of the store
 ``decode``     rho of some genes of every cell to Zarr
 ``decode-all`` rho of all genes of every cell to Zarr
+``impute``     imputed counts and technical zeros of some genes of every cell to Zarr
 ``load``       the control: ``anndata.read_zarr`` of the store, which no limit below its size lets pass
 =============  =========================================================================================
 
@@ -46,7 +47,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all")
+STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "impute")
 CONTROL = "load"
 TINY = 600
 # Exit status of a stage that was refused memory.
@@ -379,6 +380,26 @@ def _decoding(n: int, folder: Path, n_genes: int | None) -> Ready:
     return run
 
 
+def _impute(n: int, folder: Path, setting: Setting) -> Ready:
+    import atlasvi
+    from atlasvi.infer.write import write_expression
+
+    model_type = atlasvi.SCVI
+    out = _scratch(folder)
+
+    def run() -> None:
+        with atlasvi.open(_store(n, folder)) as atlas:
+            model = model_type.load(folder / "model", atlas)
+            genes = list(model.fields.var_names[: setting.some_genes])
+            write_expression(
+                model.denoised_counts(genes=genes), atlas.read_names, genes, out, overwrite=True,
+                advance=lambda done, text: None,
+                layers={"technical_zero": model.technical_zeros(genes=genes)},
+            )  # fmt: skip
+
+    return run
+
+
 def _load(n: int, folder: Path, setting: Setting) -> Ready:
     import anndata
 
@@ -390,7 +411,8 @@ def _load(n: int, folder: Path, setting: Setting) -> Ready:
 
 _STAGES: dict[str, Callable[[int, Path, Setting], Ready]] = {
     "simulate": _simulate, "ingest": _ingest, "shuffle": _shuffle, "train": _train, "latent": _latent,
-    "decode": _decode, "decode-all": _decode_all, "load": _load,
+    "decode": _decode, "decode-all": _decode_all, "impute": _impute,
+    "load": _load,
 }  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def test_there_is_no_overwriting_by_accident(made, copied, tmp_path):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "a.tex").write_text("years of work")
-    with pytest.raises(StoreError, match="not a published atlas"):
+    with pytest.raises(StoreError, match="no published atlas"):
         publish(made[0], None, thesis, overwrite=True)
     with pytest.raises(OptionError, match="float64"):
         publish(made[0], None, tmp_path / "x", dtype="float64")
