@@ -229,7 +229,7 @@ def lazy(
 
 
 def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:
-    """A chunk of rows of a lazy cells x genes array, computed here and now, without the copy that ``compute`` makes."""
+    """A chunk of rows of a lazy cells x genes array, computed here and now; ``compute`` would copy it."""
     import dask
 
     chunk = array.blocks[index]

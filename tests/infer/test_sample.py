@@ -12,6 +12,8 @@ from atlasvi.infer import correlation, sample
 from atlasvi.models.scvi import SCVI
 
 N_OBS, N_VARS = 300, 60
+# Which a model may well draw.
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no counts")
 
 
 def build(adata, **options):
@@ -82,7 +84,6 @@ def test_a_count_depends_on_its_seed_sample_cell_and_gene_alone(model, monkeypat
     assert (other.toarray() != whole[0]).any()
 
 
-@pytest.mark.filterwarnings("ignore:.*have no counts")  # which a model may well draw
 def test_samples_are_written_as_an_atlas_samples_one_after_the_other(model, tmp_path):
     atlas = model.posterior_predictive_sample(n_samples=2, out=tmp_path / "again.zarr")
     expected = model.posterior_predictive_sample(n_samples=2)
