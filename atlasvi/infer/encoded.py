@@ -203,8 +203,10 @@ class Encoded:
 
     def log_normaliser(self, key: Key) -> NDArray[np.float32]:
         """``(n_obs,)`` normalisers, NaN where not known yet; who computes some writes them there."""
-        # setdefault of a dict is one step to other threads.
-        return self.normalisers.setdefault(key, np.full(len(self), np.nan, np.float32))
+        if key not in self.normalisers:
+            # setdefault is one step to other threads: all get the same.
+            self.normalisers.setdefault(key, np.full(len(self), np.nan, np.float32))
+        return self.normalisers[key]
 
 
 @dataclass(frozen=True)
