@@ -74,8 +74,8 @@ def draw_counts(
 
 
 def rows_at_once(n_out: int) -> int:
-    """Cells whose counts are drawn at once."""
-    return max(16, _PIECE_BYTES // (4 * max(n_out, 1)))
+    """Cells whose counts are drawn at once; of few genes too the normalisers are of all."""
+    return max(16, _PIECE_BYTES // (4 * max(n_out, 2048)))
 
 
 class SampledCells(store.Source):

@@ -64,7 +64,7 @@ class SoftmaxLinear:
     def log_normaliser(self, h: torch.Tensor) -> torch.Tensor:
         """``(B,)`` float32, the log of the softmax's denominator, from the logits of all genes."""
         found = h.new_empty(len(h))
-        for rows in self._pieces(h):
+        for rows in _pieces(h, self._all.n_out):
             logits = self._all(h[rows])
             if h.device.type == "cpu":
                 _by_rows(cpu.normalise_rows, logits.numpy(), found[rows].numpy())
@@ -95,8 +95,9 @@ class SoftmaxLinear:
             factor = h.new_ones(len(h))
         if log_normaliser is None and self._some is not None:
             log_normaliser = self.log_normaliser(h)
-        for rows in self._pieces(h):
-            logits = (self._some or self._all)(h[rows])
+        product = self._some or self._all
+        for rows in _pieces(h, product.n_out):
+            logits = product(h[rows])
             if h.device.type != "cpu":
                 shift = logits.logsumexp(-1) if log_normaliser is None else log_normaliser[rows]
                 share = (logits - shift.unsqueeze(1)).exp_().mul_(factor[rows].unsqueeze(1)).cpu().numpy()
@@ -108,10 +109,11 @@ class SoftmaxLinear:
                 known = log_normaliser[rows].numpy()
                 _by_rows(cpu.exp_rows, logits.numpy(), factor[rows].numpy(), known, out[rows], add)
 
-    def _pieces(self, h: torch.Tensor) -> list[slice]:
-        # A GPU has no cache to stay in, and many threads to keep busy.
-        step = _rows(self._all.n_out) * (1 if h.device.type == "cpu" else 64)
-        return [slice(start, min(start + step, len(h))) for start in range(0, len(h), step)]
+
+def _pieces(h: torch.Tensor, n_out: int) -> list[slice]:
+    # A GPU has no cache to stay in, and many threads to keep busy.
+    step = _rows(n_out) * (1 if h.device.type == "cpu" else 64)
+    return [slice(start, min(start + step, len(h))) for start in range(0, len(h), step)]
 
 
 def _memory(n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
