@@ -35,8 +35,8 @@ def normalise_rows(part, start, stop, logits, log_normaliser):  # type: ignore[n
 
 
 @_loop
-def softmax_rows(part, start, stop, logits, factor, log_normaliser, out, add):  # type: ignore[no-untyped-def]
-    """``out[i] (+)= factor[i] softmax(logits[i])``, and its log normaliser; ``logits`` is used up."""
+def softmax_rows(part, start, stop, logits, factor, out, add):  # type: ignore[no-untyped-def]
+    """``out[i] (+)= factor[i] softmax(logits[i])``; ``logits`` is used up."""
     vector_code()
     n_vars = logits.shape[1]
     for i in range(start, stop):
@@ -49,7 +49,33 @@ def softmax_rows(part, start, stop, logits, factor, log_normaliser, out, add):  
             e = exp32(row[g] - top)
             row[g] = e
             total += e
-        log_normaliser[i] = top + np.log(total)
+        scale = factor[i] / total
+        if add:
+            for g in range(n_vars):
+                target[g] += scale * row[g]
+        else:
+            for g in range(n_vars):
+                target[g] = scale * row[g]
+
+
+@_loop
+def softmax_rounded_rows(part, start, stop, bits, base, factor, out, add):  # type: ignore[no-untyped-def]
+    """``out[i] (+)= factor[i] softmax(bfloat16(bits[i]) + base)``, never leaving the row."""
+    vector_code()
+    n_vars = bits.shape[1]
+    row = np.empty(n_vars, np.float32)
+    for i in range(start, stop):
+        given, target = bits[i], out[i]
+        top = _LOWEST
+        for g in range(n_vars):
+            logit = np.uint32(np.uint32(given[g]) << np.uint32(16)).view(np.float32) + base[g]
+            row[g] = logit
+            top = max32(top, logit)
+        total = np.float32(0)
+        for g in range(n_vars):
+            e = exp32(row[g] - top)
+            row[g] = e
+            total += e
         scale = factor[i] / total
         if add:
             for g in range(n_vars):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -97,14 +96,17 @@ class SoftmaxLinear:
             log_normaliser = self.log_normaliser(h)
         product = self._some or self._all
         for rows in _pieces(h, product.n_out):
+            if log_normaliser is None and product.is_rounded and h.device.type == "cpu":
+                given = product.rounded(h[rows]).numpy(), product.bias.numpy()
+                _by_rows(cpu.softmax_rounded_rows, *given, factor[rows].numpy(), out[rows], add)
+                continue
             logits = product(h[rows])
             if h.device.type != "cpu":
                 shift = logits.logsumexp(-1) if log_normaliser is None else log_normaliser[rows]
                 share = (logits - shift.unsqueeze(1)).exp_().mul_(factor[rows].unsqueeze(1)).cpu().numpy()
                 out[rows] = out[rows] + share if add else share
             elif log_normaliser is None:
-                unused = np.empty(len(logits), np.float32)
-                _by_rows(cpu.softmax_rows, logits.numpy(), factor[rows].numpy(), unused, out[rows], add)
+                _by_rows(cpu.softmax_rows, logits.numpy(), factor[rows].numpy(), out[rows], add)
             else:
                 known = log_normaliser[rows].numpy()
                 _by_rows(cpu.exp_rows, logits.numpy(), factor[rows].numpy(), known, out[rows], add)
@@ -114,18 +116,6 @@ def _pieces(h: torch.Tensor, n_out: int) -> list[slice]:
     # A GPU has no cache to stay in, and many threads to keep busy.
     step = _rows(n_out) * (1 if h.device.type == "cpu" else 64)
     return [slice(start, min(start + step, len(h))) for start in range(0, len(h), step)]
-
-
-def _memory(n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A product and its logits, of this thread: fresh memory for each piece costs as much as the product."""
-    if getattr(_own, "n_out", None) != n_out:
-        rows = _rows(n_out)
-        _own.n_out, _own.arrays = (
-            n_out,
-            (torch.empty((rows, n_out), dtype=torch.bfloat16), empty((rows, n_out))),
-        )
-    arrays: tuple[torch.Tensor, torch.Tensor] = _own.arrays
-    return arrays
 
 
 _own = threading.local()
@@ -144,12 +134,12 @@ class _Product:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, precision: str) -> None:
         self.n_out = len(weight)
-        self._in_bfloat16 = precision == "bfloat16"
-        self._bias = bias.contiguous()
+        self.is_rounded = precision == "bfloat16"
+        self.bias = bias.contiguous()
         # Two to three times as fast as torch's own choice for float32 on some CPUs, with weights that are
         # laid out beforehand.
         self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if self._in_bfloat16:
+        if self.is_rounded:
             self._weight = weight.bfloat16()
         elif self._packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)
@@ -157,16 +147,25 @@ class _Product:
             self._weight = weight
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        if self._in_bfloat16:
+        if self.is_rounded:
             if h.device.type != "cpu":
-                return (h.bfloat16() @ self._weight.T).float() + self._bias
-            product, logits = (memory[: len(h)] for memory in _memory(self.n_out))
-            torch.mm(h.bfloat16(), self._weight.T, out=product)
-            _by_rows(cpu.widen_rows, product.view(torch.uint16).numpy(), self._bias.numpy(), logits.numpy())
+                return (h.bfloat16() @ self._weight.T).float() + self.bias
+            logits = empty((len(h), self.n_out))
+            _by_rows(cpu.widen_rows, self.rounded(h).numpy(), self.bias.numpy(), logits.numpy())
             return logits
         if self._packed:
             found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                h, self._weight, self._bias, "none", [], ""
+                h, self._weight, self.bias, "none", [], ""
             )
             return found
-        return F.linear(h, self._weight, self._bias)
+        return F.linear(h, self._weight, self.bias)
+
+    def rounded(self, h: torch.Tensor) -> torch.Tensor:
+        """``(B, G)`` uint16, the bits of ``h W'`` in bfloat16, until this thread asks again."""
+        # Fresh memory for each piece would cost as much as the product.
+        rows = max(_rows(self.n_out), len(h))
+        product = getattr(_own, "product", None)
+        if product is None or product.shape[1] != self.n_out or len(product) < len(h):
+            product = _own.product = torch.empty((rows, self.n_out), dtype=torch.bfloat16)
+        torch.mm(h.bfloat16(), self._weight.T, out=product[: len(h)])
+        return product[: len(h)].view(torch.uint16)

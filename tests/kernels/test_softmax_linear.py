@@ -47,10 +47,11 @@ def test_some_genes_are_normalised_over_all(known):
     np.testing.assert_allclose(run(head, hidden, log_normaliser=normaliser), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("genes", [None, torch.tensor([3, 1])])
-def test_rows_have_factors_and_are_added_up(genes):
+def test_rows_have_factors_and_are_added_up(genes, precision):
     hidden, weight, bias = make(50, 20, 8)
-    head = SoftmaxLinear(weight, bias, genes)
+    head = SoftmaxLinear(weight, bias, genes, precision=precision)
     factor = torch.rand(50) * 100
     once = run(head, hidden, factor=factor)
     out = once.copy()
