@@ -19,7 +19,14 @@ _use_one_heap()
 
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
+    from atlasvi.models.actinn import ACTINN
     from atlasvi.models.compact import open_compact, publish
+    from atlasvi.models.dca import DCA
+    from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
+    from atlasvi.models.gmvae import GMVAE
+    from atlasvi.models.ldvae import LinearSCVI
+    from atlasvi.models.scanvi import SCANVI
+    from atlasvi.models.scvae import SCVAE
     from atlasvi.models.scvi import SCVI
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
@@ -27,11 +34,38 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SCVI", "Atlas", "AtlasviError", "Simulation", "ingest", "open", "open_compact", "publish"]
+__all__ = [
+    "ACTINN",
+    "DCA",
+    "GMVAE",
+    "PCA",
+    "PPCA",
+    "SCANVI",
+    "SCVAE",
+    "SCVI",
+    "Atlas",
+    "AtlasviError",
+    "FactorAnalysis",
+    "LinearSCVI",
+    "Simulation",
+    "ingest",
+    "open",
+    "open_compact",
+    "publish",
+]
 
 _WHERE = {
+    "SCANVI": "atlasvi.models.scanvi",
+    "GMVAE": "atlasvi.models.gmvae",
+    "SCVAE": "atlasvi.models.scvae",
     "SCVI": "atlasvi.models.scvi",
+    "ACTINN": "atlasvi.models.actinn",
+    "DCA": "atlasvi.models.dca",
+    "PCA": "atlasvi.models.factor",
+    "PPCA": "atlasvi.models.factor",
+    "FactorAnalysis": "atlasvi.models.factor",
     "Atlas": "atlasvi.store.atlas",
+    "LinearSCVI": "atlasvi.models.ldvae",
     "AtlasviError": "atlasvi.errors",
     "Simulation": "atlasvi.simulate",
     "ingest": "atlasvi.store.ingest",

@@ -210,10 +210,14 @@ def _spread(values: Any) -> str:
 
 @app.command()
 def train(
+    ctx: typer.Context,
     atlases: Atlases,
     out: Out,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch to remove.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with labels.")] = None,
+    unlabeled_category: Annotated[
+        str | None, typer.Option(help="Label of the cells that have none, for scanvi.")
+    ] = None,
     layer: Annotated[str | None, typer.Option(help="Where the counts are; default X.")] = None,
     size_factor_key: Annotated[str | None, typer.Option(help="Column of obs with size factors.")] = None,
     categorical_covariate: Annotated[
@@ -225,18 +229,26 @@ def train(
     gene_mask: Annotated[
         str, typer.Option(help="Boolean column of var that chooses genes; 'auto' or 'none'.")
     ] = "auto",
-    likelihood: Annotated[str, typer.Option(help="zinb, nb, zip or poisson.")] = "zinb",
-    dispersion: Annotated[str, typer.Option(help="gene, gene-batch, gene-label or gene-cell.")] = "gene",
-    n_latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
-    n_hidden: Annotated[int, typer.Option(help="Width of hidden layers.")] = 128,
-    n_layers: Annotated[int, typer.Option(help="Hidden layers.")] = 1,
+    model: Annotated[str, typer.Option(help="scvi, linearscvi, ...")] = "scvi",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the model, as in Python; repeat for more."),
+    ] = None,
+    likelihood: Annotated[str | None, typer.Option(help="zinb, nb, zip or poisson.")] = None,
+    dispersion: Annotated[str | None, typer.Option(help="gene, gene-batch, gene-label or gene-cell.")] = None,
+    n_latent: Annotated[int | None, typer.Option(help="Dimensions of the latent.")] = None,
+    n_hidden: Annotated[int | None, typer.Option(help="Width of hidden layers.")] = None,
+    n_layers: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
     max_epochs: Annotated[
         int | None, typer.Option(help="Passes over the cells; default by their number.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    kl_warmup_epochs: Annotated[int, typer.Option(help="Epochs over which the KL weight rises to 1.")] = 400,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.001.")] = None,
+    kl_warmup_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs over which the KL weight rises to 1; default 400, or the model's."),
+    ] = None,
     train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
     early_stopping: Annotated[
         bool, typer.Option("--early-stopping", help="Stop when validation stalls.")
@@ -250,40 +262,58 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train scVI on an atlas, streamed from disk.
+    """Train scVI, or another model, on an atlas, streamed from disk.
 
     Writes a model folder, with a log of the ELBO terms (history.csv) and a checkpoint to resume from.
 
     Example: atlasvi train atlas.zarr -o model --batch-key donor
     """
-    from atlasvi.errors import ModelError
+    from atlasvi.errors import ModelError, OptionError
+    from atlasvi.models import by_name
+    from atlasvi.models.factor import FactorModel
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
-    from atlasvi.models.scvi import SCVI
     from atlasvi.train.history import CsvLog
 
+    kind = by_name(model)
+    given = {
+        "gene_likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "n_hidden": n_hidden,
+        "n_layers": n_layers, "seed": seed,
+    }  # fmt: skip
+    if paper:
+        given |= {"use_observed_lib_size": False, "encode_covariates": True}
+    options = _options_of(kind, given, option or [])
+    if unlabeled_category is not None and model.lower() != "scanvi":
+        raise OptionError(f"--unlabeled-category is for --model scanvi, not {model}; leave it out")
     check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
     data = _open(atlases, layer)
-    SCVI.setup_anndata(
-        data, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
+    more = {} if unlabeled_category is None else {"unlabeled_category": unlabeled_category}
+    kind.setup_anndata(
+        data, **more, batch_key=batch_key, labels_key=labels_key, size_factor_key=size_factor_key,
         categorical_covariate_keys=categorical_covariate, continuous_covariate_keys=continuous_covariate,
         gene_mask=None if gene_mask == "none" else gene_mask,
     )  # fmt: skip
-    model = SCVI(
-        data, n_hidden, n_latent, n_layers, dispersion=dispersion, gene_likelihood=likelihood, seed=seed,
-        use_observed_lib_size=not paper, encode_covariates=paper,
-    )  # fmt: skip
-    model.train(
-        max_epochs, accelerator, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
-        plan_kwargs={"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}, seed=seed,
-        checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-        memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
-    )  # fmt: skip
-    model.save(out, overwrite=True)
-    last = model.records[-1]
+    trained = kind(data, **options)
+    plan = {"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}
+    if issubclass(kind, FactorModel):
+        _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
+        trained.train(
+            max_epochs, train_size, seed=seed, memory_budget=memory_budget,
+            on_epoch=CsvLog(out / LOG, append=False),
+        )  # fmt: skip
+    else:
+        trained.train(
+            max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
+            early_stopping=early_stopping,
+            plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
+            checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
+            memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
+        )  # fmt: skip
+    trained.save(out, overwrite=True)
+    last = trained.records[-1]
     held_out = "" if last.elbo_validation is None else f", {last.elbo_validation:,.1f} on held-out cells"
-    typer.echo(f"{len(model.records)} epochs, -ELBO {last.elbo_train:,.1f}{held_out} -> {out}")
+    typer.echo(f"{len(trained.records)} epochs, {kind.loss_name} {last.elbo_train:,.1f}{held_out} -> {out}")
 
 
 @app.command()
@@ -301,10 +331,10 @@ def latent(
     Example: atlasvi latent model atlas.zarr
     """
     from atlasvi.infer.write import write_latent
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
     from atlasvi.progress import bar
 
-    trained = SCVI.load(model, _open(atlases))
+    trained = load(model, _open(atlases))
     with bar("latent", trained.atlas.n_obs, "cells") as advance:
         write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
     where = out or ", ".join(atlases)
@@ -333,7 +363,7 @@ def decode(
     """
     from atlasvi.errors import OptionError
     from atlasvi.infer.write import write_expression
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
     from atlasvi.progress import bar
 
     try:
@@ -342,7 +372,7 @@ def decode(
         raise OptionError(f"--library-size {library_size!r} is neither a number nor 'latent'") from None
     if out.resolve() in (Path(atlas).resolve(), model.resolve()):
         raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
-    trained = SCVI.load(model, atlas)
+    trained = load(model, atlas)
     rho = trained.expression(
         genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples, seed=seed
     )
@@ -380,12 +410,12 @@ def impute(
     """
     from atlasvi.errors import OptionError
     from atlasvi.infer.write import write_expression
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
     from atlasvi.progress import bar
 
     if out.resolve() in (Path(atlas).resolve(), model.resolve()):
         raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
-    trained = SCVI.load(model, atlas)
+    trained = load(model, atlas)
     how: Any = {"genes": genes, "n_samples": n_samples, "seed": seed, "memory_budget": memory_budget}
     counts = trained.denoised_counts(transform_batch=transform_batch, **how)
     layers = {}
@@ -418,10 +448,10 @@ def publish(
 
     Example: atlasvi publish model atlas.zarr -o my.atlasvi
     """
-    from atlasvi.models.compact import load_model
+    from atlasvi.models import load
     from atlasvi.models.compact import publish as run
 
-    trained = load_model(model, _open(atlases))
+    trained = load(model, _open(atlases))
     run(
         trained, None, out, dtype=dtype, obs=obs, transform_batch=transform_batch or (), n_samples=n_samples,
         overwrite=overwrite,
@@ -452,6 +482,72 @@ def serve(
 
 
 @app.command()
+def de(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlases: Atlases,
+    out: Out,
+    groupby: Annotated[str | None, typer.Option(help="Column of obs with the groups.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A level to compare; repeat for more; default each of them.")
+    ] = None,
+    versus: Annotated[str | None, typer.Option(help="The level to compare with; default all others.")] = None,
+    cells: Annotated[
+        str | None, typer.Option(help="Instead: a query of obs, such as \"cell_type == 'T' and age < 30\".")
+    ] = None,
+    versus_cells: Annotated[str | None, typer.Option(help="A query of the cells to compare with.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="'vanilla' (Bayes factors) or 'change' (fold changes).")
+    ] = "vanilla",
+    delta: Annotated[float, typer.Option(help="With 'change': log2 fold change that counts.")] = 0.25,
+    fdr_target: Annotated[float, typer.Option(help="With 'change': expected share of false calls.")] = 0.05,
+    estimator: Annotated[str, typer.Option(help="With 'vanilla': 'pooled' or 'paper'.")] = "pooled",
+    batch_correction: Annotated[
+        bool | None,
+        typer.Option("--batch-correction/--own-batch", help="Decode under every batch, or each cell's own."),
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Draws from each group.")] = 5000,
+    volcano: Annotated[Path | None, typer.Option(help="Draw one comparison into this .svg.")] = None,
+    heat_map: Annotated[Path | None, typer.Option(help="Draw the best genes into this .svg.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write which genes differ between groups of cells, as .csv, .tsv or either with .gz.
+
+    Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
+    """
+    from atlasvi.errors import OptionError, StoreError
+    from atlasvi.models.scvi import SCVI
+
+    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
+    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
+    for path in (out, volcano, heat_map):
+        if path is not None and path.exists() and not overwrite:
+            raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
+    trained = SCVI.load(model, _open(atlases))
+    found = trained.differential_expression(
+        groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
+        batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
+        n_samples_overall=n_samples, seed=seed,
+    )  # fmt: skip
+    found.to_csv(out, sep="\t" if suffixes[-1] == ".tsv" else ",", index_label="gene")
+    _draw(found, volcano, heat_map)
+    called = found[next(column for column in found if column.startswith("is_de_"))]
+    typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")
+
+
+def _draw(found: Any, volcano: Path | None, heat_map: Path | None) -> None:
+    """Charts of a table of differential expression, as files of their own."""
+    from atlasvi import plots
+
+    for path, draw in ((volcano, plots.volcano), (heat_map, plots.marker_heat_map)):
+        if path is not None:
+            path.write_text(plots.as_file(draw(found)))
+
+
+@app.command()
 def demo(
     out: Out,
     cells: Annotated[int, typer.Option(help="Cells to simulate.")] = 50_000,
@@ -467,6 +563,59 @@ def demo(
 
     report = run(out, n_obs=cells, n_vars=genes, max_epochs=epochs, seed=seed)
     typer.echo(f"report: {report}")
+
+
+# Options of `train` that a model fitted by passes over the cells has no use for.
+_OF_MINIBATCHES = (
+    "accelerator", "batch_size", "early_stopping", "lr", "kl_warmup_epochs", "checkpoint_every", "resume"
+)  # fmt: skip
+
+
+def _refuse_what_was_given(ctx: typer.Context, name: str, options: tuple[str, ...]) -> None:
+    from atlasvi.errors import OptionError
+
+    for option in options:
+        source = ctx.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise OptionError(f"{name} has no use for --{option.replace('_', '-')}; leave it out")
+
+
+def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """Arguments of a model: those given as options of their own, and as NAME=VALUE."""
+    from dataclasses import fields
+
+    from atlasvi.errors import OptionError
+
+    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(kind.config_type)}
+    options = {name: value for name, value in given.items() if value is not None}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"--option {text!r} must be NAME=VALUE, such as n_latent=10")
+        options[name] = value
+    for name, value in options.items():
+        if name not in types:
+            raise OptionError(f"{kind.__name__} has no argument {name!r}; it has {', '.join(types)}")
+        if isinstance(value, str):
+            options[name] = _as_type(types[name], name, value)
+    return options
+
+
+def _as_type(kind: str, name: str, text: str) -> Any:
+    from atlasvi.errors import OptionError
+
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise OptionError(f"{name}={text!r} must be true or false")
+        return text.lower() == "true"
+    if kind in ("int", "float"):
+        try:
+            return int(text) if kind == "int" else float(text)
+        except ValueError:
+            raise OptionError(
+                f"{name}={text!r} must be a{' whole' if kind == 'int' else ''} number"
+            ) from None
+    return text
 
 
 def _open(places: list[str], layer: str | None = None) -> Atlas:

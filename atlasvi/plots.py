@@ -8,9 +8,10 @@ file of one. Text is at least 12 px at the width a chart is drawn for.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from atlasvi.errors import OptionError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
 _LIGHT = (
@@ -287,6 +289,122 @@ def heat_maps(
     return _svg(math.ceil(width), top + tile_h * len(rows) + 4, "".join(parts), alt)
 
 
+def volcano(
+    found: pd.DataFrame,
+    *,
+    comparison: str | None = None,
+    n_names: int = 12,
+    width: int = 640,
+    height: int = 460,
+) -> str:
+    """Fold change against evidence of each gene of one comparison; called genes in colour, the best by name.
+
+    Args:
+        found: from ``model.differential_expression``. Of change mode, its mean change against the
+            probability of a change; else log2 of the ratio of mean rho against K without its sign.
+        comparison: which one, such as ``"T vs Rest"``, where there are several.
+        n_names: genes to name on each side.
+        width: in pixels.
+        height: in pixels.
+
+    Raises:
+        OptionError: no such comparison, or none named of several.
+
+    Example:
+        >>> found = model.differential_expression(groupby="cell_type", group1="T", silent=True)
+        >>> volcano(found).startswith("<svg")
+        True
+    """
+    frame = _one_comparison(found, comparison)
+    of_change = "lfc_mean" in frame
+    if of_change:
+        x, y = frame["lfc_mean"].to_numpy(), frame["proba_de"].to_numpy()
+    else:
+        tiny = np.finfo(np.float32).tiny
+        x = np.log2((frame["scale1"].to_numpy() + tiny) / (frame["scale2"].to_numpy() + tiny))
+        y = frame["bayes_factor"].abs().to_numpy()
+    called = frame[next(column for column in frame if column.startswith("is_de_"))].to_numpy(bool)
+    reach = max(float(np.abs(x).max()), 1e-6)
+    frame_px = (58, 34, width - 20, height - 46)
+    x_axis = _linear(-reach, reach, frame_px[0], frame_px[2], margin=0.06)
+    y_axis = _linear(0.0, max(float(y.max()), 1e-6), frame_px[3], frame_px[1], margin=0.05)
+    y_label = "probability of a change" if of_change else "Bayes factor |K|, nats"
+    parts = [_grid(x_axis, y_axis, frame_px, "log2 fold change", y_label)]
+    points = np.stack([[x_axis(value) for value in x], [y_axis(value) for value in y]], 1)
+    side = np.where(called, np.where(x > 0, 1, 2), 0)
+    for code, colour in enumerate((GREY, "var(--accent)", "var(--accent-2)")):
+        parts.append(_dots(points[side == code], colour, 4.6 if code else 3.4, opacity=0.8 if code else 0.45))
+    for code in (1, 2):
+        best = np.flatnonzero(side == code)
+        best = best[np.lexsort((-np.abs(x[best]), -y[best]))][:n_names]
+        parts.append(_gene_names(points[best], [str(frame.index[i]) for i in best], width, left=code == 2))
+    what = comparison or (str(frame["comparison"].iloc[0]) if "comparison" in frame else "one vs two")
+    text = escape(f"{what}: {int(called.sum()):,} of {len(frame):,} genes called")
+    parts.append(f'<text class="strong" x="{frame_px[2]}" y="15" text-anchor="end">{text}</text>')
+    return _svg(width, height, "".join(parts), f"Volcano plot of {what}")
+
+
+def marker_heat_map(found: pd.DataFrame, *, n_genes: int = 4) -> str:
+    """The best genes of each comparison, and how high they are in every one's first group.
+
+    Args:
+        found: from ``model.differential_expression``, of several groups.
+        n_genes: best genes of each, by their evidence of being higher there.
+
+    Raises:
+        OptionError: a result of sets of cells, which have no names.
+
+    Example:
+        >>> found = model.differential_expression(groupby="cell_type", silent=True)
+        >>> marker_heat_map(found, n_genes=2).count("<rect")
+        8
+    """
+    if "group1" not in found:
+        raise OptionError("a heat map shows groups by name; ask differential_expression with groupby=")
+    by = "proba_de" if "proba_de" in found else "bayes_factor"
+    higher = found[found["scale1"] > found["scale2"]]
+    groups = list(dict.fromkeys(found["group1"]))
+    genes = [
+        gene
+        for group in groups
+        for gene in higher[higher["group1"] == group].sort_values(by, ascending=False).index[:n_genes]
+    ]
+    columns = list(dict.fromkeys(genes))
+    table = np.stack([found.loc[found["group1"] == group, "scale1"].loc[columns] for group in groups])
+    return heat_maps(
+        [("mean rho, of its highest", table / np.maximum(table.max(0), np.finfo(np.float64).tiny))],
+        [str(group) for group in groups], [str(gene) for gene in columns],
+        alt="Mean rho of the best genes in each group",
+        titles="{column} in {row}: {value:.0%} of its highest mean rho",
+    )  # fmt: skip
+
+
+def _one_comparison(found: pd.DataFrame, comparison: str | None) -> pd.DataFrame:
+    if "comparison" not in found:
+        return found
+    known = list(dict.fromkeys(found["comparison"]))
+    if comparison is None and len(known) > 1:
+        raise OptionError(f"{len(known)} comparisons are in the table; name one: {', '.join(known[:6])}")
+    if comparison is not None and comparison not in known:
+        raise OptionError(f"{comparison!r} is not in the table; it has {', '.join(known[:6])}")
+    return found if comparison is None else found[found["comparison"] == comparison]
+
+
+def _gene_names(points: NDArray[Any], names: Sequence[str], width: int, *, left: bool) -> str:
+    """Names beside their points, moved apart downwards where they would touch."""
+    if not len(points):
+        return ""
+    heights = _spread([float(y) for y in points[:, 1]], 15.0)
+    parts = []
+    for (x, _), y, name in zip(points, heights, names, strict=True):
+        room = 7.4 * len(name) + 8
+        before = (left and x > room) or x + room > width
+        place, anchor = (x - 7, "end") if before else (x + 7, "start")
+        at = f'x="{place:.1f}" y="{y + 4.5:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="name" {at}>{escape(name)}</text>')
+    return "".join(parts)
+
+
 def marks(names: Sequence[str], size: int) -> list[str]:
     """What to write on a `scatter`: the names, or numbers where the names would cover the points."""
     covered = sum((8.4 * len(name) + 8) * 18 for name in names)
@@ -312,6 +430,15 @@ def standalone(body: str, width: int, height: int, alt: str) -> str:
         f'height="{height}" role="img"><title>{escape(alt)}</title><style>{STYLE}</style>'
         f"{paper}{body}</svg>\n"
     )
+
+
+def as_file(svg: str) -> str:
+    """A chart of this module as a file of its own."""
+    found = re.match(r'<svg viewBox="0 0 (\d+) (\d+)".*? aria-label="(.*?)">', svg)
+    if found is None:
+        raise OptionError("this is not a chart of atlasvi.plots, which are one <svg> each; draw one first")
+    width, height = int(found[1]), int(found[2])
+    return standalone(place(svg, 12, 12), width + 24, height + 24, unescape(found[3]))
 
 
 def place(svg: str, x: float, y: float) -> str:

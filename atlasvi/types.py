@@ -26,6 +26,8 @@ class FieldMap:
         categorical_covariate_categories: their levels, column by column.
         continuous_covariate_keys: further columns with numbers.
         gene_mask: name of the boolean column of var that chose the genes, if one did.
+        unlabeled_category: the label of cells that have none, the last of the labels; ``None`` where labels
+            are not learnt.
     """
 
     var_names: tuple[str, ...]
@@ -39,6 +41,7 @@ class FieldMap:
     categorical_covariate_categories: tuple[tuple[str, ...], ...] = ()
     continuous_covariate_keys: tuple[str, ...] = ()
     gene_mask: str | None = None
+    unlabeled_category: str | None = None
 
     @property
     def n_vars(self) -> int:
@@ -112,6 +115,7 @@ class Minibatch:
         cat_covs: ``(B, n_cat)`` int64.
         cont_covs: ``(B, n_cont)`` float32.
         size_factor: ``(B,)`` float32, or ``None`` where none was registered.
+        labelled: cells with labels that come with these in a step of training, where a model learns labels.
     """
 
     counts: CSR
@@ -121,6 +125,7 @@ class Minibatch:
     cat_covs: torch.Tensor
     cont_covs: torch.Tensor
     size_factor: torch.Tensor | None = None
+    labelled: Minibatch | None = None
 
     def __len__(self) -> int:
         return self.counts.n_obs
@@ -144,6 +149,7 @@ class Minibatch:
             move(self.cat_covs),
             move(self.cont_covs),
             None if self.size_factor is None else move(self.size_factor),
+            None if self.labelled is None else self.labelled._map(move),
         )
 
 
@@ -308,8 +314,18 @@ class GeneratesCounts(Protocol):
         ...
 
 
+@runtime_checkable
+class Classifies(Protocol):
+    """A module that `infer.classify` can ask for labels."""
+
+    def class_logits(self, minibatch: Minibatch, noise: Noise | None = None) -> torch.Tensor:
+        """``(B, n_labels)`` logits."""
+        ...
+
+
 __all__ = [
     "CSR",
+    "Classifies",
     "CountParameters",
     "Decodes",
     "DecodesLinearly",

@@ -36,12 +36,12 @@ def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill(seed, step, stream, rows, out):  # type: ignore[no-untyped-def]
+def _fill(seed, steps, stream, rows, out):  # type: ignore[no-untyped-def]
     k0 = np.uint32(np.uint64(seed) & _LOW)
     k1 = np.uint32(np.uint64(seed) >> _SHIFT)
-    c3 = np.uint32(np.uint64(step) & _LOW)
     n = out.shape[1]
     for b in range(len(rows)):
+        c3 = np.uint32(np.uint64(steps[b]) & _LOW)
         row = np.uint64(rows[b])
         c1 = np.uint32(row & _LOW)
         c2 = np.uint32(row >> _SHIFT)
@@ -53,23 +53,28 @@ def _fill(seed, step, stream, rows, out):  # type: ignore[no-untyped-def]
                 out[b, 4 * block + j] = (np.float64(words[j] >> np.uint32(8)) + 0.5) * 2.0**-24
 
 
-def _draw(seed: int, step: int, stream: int, rows: torch.Tensor, n: int) -> torch.Tensor:
-    if not 0 <= seed < 1 << 63 or not 0 <= step < 1 << 32 or not 0 <= stream < 1 << 8 or n >= 1 << 26:
+def _draw(seed: int, step: int | torch.Tensor, stream: int, rows: torch.Tensor, n: int) -> torch.Tensor:
+    each = step.cpu().numpy() if isinstance(step, torch.Tensor) else np.array([step])
+    low, high = (int(each.min()), int(each.max())) if len(each) else (0, 0)
+    if not 0 <= seed < 1 << 63 or not 0 <= low <= high < 1 << 32 or not 0 <= stream < 1 << 8 or n >= 1 << 26:
         raise ValueError(
-            f"seed {seed}, step {step}, stream {stream}, n {n}: need 0 <= seed < 2^63, "
+            f"seed {seed}, step {low if low < 0 else high}, stream {stream}, n {n}: need 0 <= seed < 2^63, "
             "0 <= step < 2^32, 0 <= stream < 2^8 and n < 2^26"
         )
     out = np.empty((len(rows), n), np.float64)
-    _fill(seed, step, stream, rows.cpu().numpy(), out)
+    steps = np.ascontiguousarray(np.broadcast_to(each.astype(np.int64), (len(rows),)))
+    _fill(seed, steps, stream, rows.cpu().numpy(), out)
     return torch.from_numpy(out)
 
 
-def counter_uniform(seed: int, step: int, stream: int, rows: torch.Tensor, n: int) -> torch.Tensor:
+def counter_uniform(
+    seed: int, step: int | torch.Tensor, stream: int, rows: torch.Tensor, n: int
+) -> torch.Tensor:
     """``n`` uniform draws from (0, 1) for each row; drawn on the CPU, returned on the device of ``rows``.
 
     Args:
         seed: of the run, in ``[0, 2^63)``.
-        step: training step or posterior sample, in ``[0, 2^32)``.
+        step: training step or posterior sample, in ``[0, 2^32)``; or ``(B,)`` int64, one for each row.
         stream: tells apart the uses within a step, in ``[0, 256)``.
         rows: ``(B,)`` int64, identities of the rows.
         n: draws for each row.
@@ -89,7 +94,9 @@ def counter_uniform(seed: int, step: int, stream: int, rows: torch.Tensor, n: in
     return _draw(seed, step, stream, rows, n).float().to(rows.device)
 
 
-def counter_normal(seed: int, step: int, stream: int, rows: torch.Tensor, n: int) -> torch.Tensor:
+def counter_normal(
+    seed: int, step: int | torch.Tensor, stream: int, rows: torch.Tensor, n: int
+) -> torch.Tensor:
     """``n`` standard normal draws for each row (Box and Muller 1958); arguments as `counter_uniform`.
 
     Example:

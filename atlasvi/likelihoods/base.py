@@ -59,6 +59,7 @@ class Likelihood:
         theta: torch.Tensor | nn.Linear | None,
         *,
         theta_index: torch.Tensor | None = None,
+        mean: str = "softmax",
         matmul_dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """``(B,)`` `log_prob` of linear heads on ``h``, done with them in one so that B x G is never made.
@@ -71,6 +72,7 @@ class Likelihood:
             pi: head of the dropout logits.
             theta: inverse dispersion as in `log_prob`, or the head of its logarithm.
             theta_index: as in `log_prob`.
+            mean: as in `log_prob`.
             matmul_dtype: type that the factors of the heads' products are rounded to.
         """
         head = theta if isinstance(theta, nn.Linear) else None
@@ -80,7 +82,7 @@ class Likelihood:
             pi_weight=None if pi is None else pi.weight, pi_bias=None if pi is None else pi.bias,
             theta_weight=None if head is None else head.weight,
             theta_bias=None if head is None else head.bias,
-            theta_index=theta_index, likelihood=self.name, matmul_dtype=matmul_dtype,
+            theta_index=theta_index, likelihood=self.name, mean=mean, matmul_dtype=matmul_dtype,
             upstream=-1 / max(len(h), 1),
         )  # fmt: skip
 

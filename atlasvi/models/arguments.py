@@ -23,6 +23,14 @@ _INSTEAD = {
     "logger": "use model.history, or on_epoch=",
     "callbacks": "use on_epoch=",
     "simple_progress_bar": "use enable_progress_bar",
+    "n_samples_per_label": "use SCANVI(balance_labels=True)",
+    "classifier_parameters": "use classifier_n_layers, classifier_n_hidden and classifier_dropout_rate",
+    "use_permutation": "raise n_samples_overall: every draw is in a pair",
+    "m_permutation": "raise n_samples_overall: every draw is in a pair",
+    "change_fn": "decode rho with model.expression, and compute it from there",
+    "m1_domain_fn": "decode rho with model.expression, and compute it from there",
+    "importance_weighting_kwargs": "every cell of a group weighs the same",
+    "subset_idx": "pass a view of the cells: adata=atlas[cells]",
     "strategy": "training is on one device",
 }
 

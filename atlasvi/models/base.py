@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atlasvi.de import Question, calibration, cells_of, decode_batches, differential_expression, groups_of
 from atlasvi.errors import (
     ModelError,
     NotTrainedError,
@@ -28,6 +30,7 @@ from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
+from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.infer.sample import (
     NeighbouringCells,
     PriorCells,
@@ -72,7 +75,7 @@ from atlasvi.train.schedule import (
     default_epochs,
     steps_between_checks,
 )
-from atlasvi.types import FieldMap, LossTerms, Minibatch, Starts
+from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Starts
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -105,6 +108,8 @@ class CountModel(Generic[Config, Module]):
 
     config_type: ClassVar[type]
     module_type: ClassVar[type]
+    needs_many_cells: ClassVar[bool] = True
+    loss_name: ClassVar[str] = "-ELBO"
 
     atlas: Atlas | None
     fields: FieldMap
@@ -116,7 +121,7 @@ class CountModel(Generic[Config, Module]):
         self.atlas, self.fields = registered(adata, type(self).__name__)
         self.config = config
         self._codes: Codes | None = resolve(self.fields, self.atlas)
-        if self.atlas.n_obs < self.fields.n_vars:
+        if self.needs_many_cells and self.atlas.n_obs < self.fields.n_vars:
             warnings.warn(
                 f"{self.atlas.n_obs:,} cells for {self.fields.n_vars:,} genes: the scVI paper found "
                 "underfitting with fewer cells than genes; select genes (gene_mask=) or use PCA",
@@ -272,7 +277,7 @@ class CountModel(Generic[Config, Module]):
         if check_val_every_n_epoch < 1:
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
-        max_epochs = default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
+        max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
         device = choose_device(accelerator, devices)
@@ -298,10 +303,11 @@ class CountModel(Generic[Config, Module]):
         patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
-        minibatches = Epochs(
-            atlas, codes, batch_size=batch_size, seed=seed, positions=training, num_workers=num_workers,
+        epochs = partial(
+            Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
             memory_budget=memory_budget,
         )  # fmt: skip
+        minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
             atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
             num_workers=num_workers, memory_budget=memory_budget,
@@ -363,6 +369,13 @@ class CountModel(Generic[Config, Module]):
         plan = self.plan if schedule is None else PLANS[schedule]
         return replace(plan, matmul_dtype=PRECISIONS[precision])
 
+    def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
+        """Epochs of the cells to train on, with whatever a model wants beside them."""
+        return epochs(positions=training)
+
+    def _default_epochs(self, n_obs: int) -> int:
+        return default_epochs(n_obs)
+
     @property
     def is_trained(self) -> bool:
         """Whether `train` has come to an end."""
@@ -419,6 +432,7 @@ class CountModel(Generic[Config, Module]):
         """
         refuse("get_latent_representation", unsupported)
         self._must_be_trained()
+        self._must_encode()
         minibatches = self._minibatches(adata, indices, batch_size)
         pairs = list(latent_blocks(self.module, minibatches, self._device))
         loc = np.concatenate([pair[0] for pair in pairs])
@@ -437,6 +451,7 @@ class CountModel(Generic[Config, Module]):
     ) -> Iterator[NDArray[np.float32]]:
         """The means of q(z|x) block by block, for writing where they do not fit in memory."""
         self._must_be_trained()
+        self._must_encode()
         for loc, _ in latent_blocks(self.module, self._minibatches(adata, None, batch_size), self._device):
             yield loc
 
@@ -503,6 +518,7 @@ class CountModel(Generic[Config, Module]):
             True
         """
         self._must_be_trained()
+        self._must_decode()
         atlas, codes = self._data(data)
         if cells is not None:
             atlas = atlas[cell_positions(cells, atlas.n_obs)]
@@ -916,6 +932,7 @@ class CountModel(Generic[Config, Module]):
         """
         refuse("get_latent_library_size", unsupported)
         self._must_be_trained()
+        self._must_decode()
         source, _ = self._source(adata, indices)
         return latent_library_size(self.module, source, self.fields.n_vars, give_mean=give_mean, seed=seed)
 
@@ -965,6 +982,240 @@ class CountModel(Generic[Config, Module]):
         import pandas as pd
 
         return pd.DataFrame(found, index=genes, columns=genes)
+
+    def cell_quality(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        n_samples: int = 5,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How well the model reconstructs each cell, and that beside cells of its depth.
+
+        The log-likelihood of a cell falls with its number of counts, so by itself it says little but depth;
+        ``depth_score`` says how many standard deviations the error of a cell is above the median of cells
+        with about as many counts: high for cells that are unlike what the model learnt.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells; depths are compared among them.
+            n_samples: draws of z averaged over.
+            batch_size: cells at a time; does not change the result.
+            seed: of the draws.
+
+        Returns:
+            A row a cell: ``total_counts`` and ``n_genes`` of the model's genes, ``reconstruction_error``,
+            -log p(x given z) in nats, and ``depth_score``.
+
+        Raises:
+            OptionError: ``n_samples`` below 1.
+
+        Example:
+            >>> found = model.cell_quality(n_samples=2)
+            >>> list(found.columns)
+            ['total_counts', 'n_genes', 'reconstruction_error', 'depth_score']
+        """
+        import pandas as pd
+
+        self._must_be_trained()
+        atlas, _ = self._data(adata)
+        found = cell_quality(
+            self.module, self._minibatches(adata, indices, batch_size), self._device,
+            n_samples=n_samples, seed=seed,
+        )  # fmt: skip
+        names = atlas.obs_names.astype(object)
+        return pd.DataFrame(
+            {
+                "total_counts": found.total,
+                "n_genes": found.n_genes,
+                "reconstruction_error": found.error,
+                "depth_score": beside_like_depth(found.error, found.total),
+            },
+            index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
+        )
+
+    # --- differential expression ----------------------------------------------------------------
+
+    def differential_expression(
+        self,
+        adata: Data | None = None,
+        groupby: str | None = None,
+        group1: str | Sequence[str] | None = None,
+        group2: str | None = None,
+        idx1: Any = None,
+        idx2: Any = None,
+        mode: str = "vanilla",
+        delta: float | None = 0.25,
+        batch_size: int | None = None,
+        all_stats: bool = True,
+        batch_correction: bool | None = None,
+        batchid1: str | Sequence[str] | None = None,
+        batchid2: str | Sequence[str] | None = None,
+        fdr_target: float = 0.05,
+        silent: bool = False,
+        weights: str | None = "uniform",
+        filter_outlier_cells: bool = False,
+        *,
+        estimator: str = "pooled",
+        n_samples_overall: int = 5000,
+        n_cells: int = 100,
+        n_draws: int = 200,
+        p_bound: float | None = None,
+        bf_threshold: float = 3.0,
+        pseudocounts: float | None = None,
+        threshold_counts: float = 0.01,
+        test_mode: str = "three",
+        cred_interval_lvls: Sequence[float] = (),
+        seed: int = 0,
+        **unsupported: object,
+    ) -> pd.DataFrame:
+        """Which genes differ between groups of cells: a row a gene and comparison, from one pass over counts.
+
+        ``mode="vanilla"`` (Lopez et al. 2018) asks how often rho of a gene is higher in a draw of a cell of
+        group 1 than in one of group 2: ``bayes_factor`` is K = log(p / (1 - p)), natural log, and a gene is
+        called where K or -K is above ``bf_threshold``. ``mode="change"`` (Boyeau et al. 2019) asks how often
+        the log2 fold change is beyond ``delta``, and calls genes so that the expected share of false ones is
+        ``fdr_target``. Columns are scvi-tools', and ``is_de_bf_3`` in vanilla mode. With neither ``group1``
+        nor ``idx1``, each level of ``groupby`` is compared with the rest, all of them in one pass.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            groupby: column of obs with the groups.
+            group1: levels to compare, each on its own; all when ``None``.
+            group2: level to compare them with; all other cells when ``None``.
+            idx1: in place of ``groupby``: cells of group 1, as positions, a mask, or a query of obs such as
+                ``"cell_type == 'T' and percent_mito < 5"``.
+            idx2: cells of group 2, likewise; all other cells when ``None``.
+            mode: ``"vanilla"`` or ``"change"``.
+            delta: log2 fold change that counts; estimated from the genes' changes when ``None``.
+            batch_size: ignored: rows are decoded in pieces chosen by size and do not change the result.
+            all_stats: add means and detection of the raw counts, which reads all cells of the groups.
+            batch_correction: decode each draw under every batch and compare batch by batch, or each cell
+                under its own. ``None``: yes for ``estimator="paper"``, else no, as scvi-tools.
+            batchid1: batches to decode group 1 under; all when ``None``. Needs ``batch_correction=True``.
+            batchid2: batches to decode group 2 under, the same or none of them.
+            fdr_target: expected share of false calls in change mode.
+            silent: show no progress bar.
+            weights: of the cells of a group: ``"uniform"``.
+            filter_outlier_cells: leave out the tenth of each group that is farthest out in the latent space.
+            estimator: of vanilla mode: ``"pooled"`` draws from all cells of a group, as scvi-tools;
+                ``"paper"`` averages K over pairs of cells, under all batches weighted by their frequency.
+            n_samples_overall: draws from each group, with ``"pooled"`` and in change mode.
+            n_cells: pairs of cells, with ``"paper"``.
+            n_draws: draws of z for each of these pairs.
+            p_bound: added to p and to 1 - p, which keeps K finite: 1e-8 with ``"pooled"``, as in scvi-tools,
+                and half a draw, 0.5 / ``n_draws``, with ``"paper"``.
+            bf_threshold: K or -K beyond which a gene is called in vanilla mode.
+            pseudocounts: added to rho in fold changes; estimated as in scvi-tools when ``None``.
+            threshold_counts: mean count below which a gene is not expressed, for that estimate.
+            test_mode: ``"three"`` tells up from down, ``"two"`` takes them together.
+            cred_interval_lvls: levels of credible intervals of the fold change to add.
+            seed: of cells, draws and pairs. A draw depends on (seed, cell, draw) alone.
+            **unsupported: arguments of scvi-tools that there are not here are refused by name.
+
+        Raises:
+            ObsError: a column, a level, a batch or a query that cannot be, with near names.
+            CellsError: groups that are empty or overlap.
+            OptionError: another argument that cannot be.
+
+        Example:
+            >>> found = model.differential_expression(groupby="cell_type", group1="T", silent=True)
+            >>> [*found.columns[:3], len(found)]
+            ['proba_m1', 'proba_m2', 'bayes_factor', 30]
+        """
+        refuse("differential_expression", unsupported)
+        self._must_be_trained()
+        if weights not in (None, "uniform"):
+            raise OptionError(f"weights={weights!r} is not supported; every cell of a group weighs the same")
+        atlas, codes = self._data(adata)
+        first, second = (
+            cells if cells is None or isinstance(cells, str) else cell_positions(cells, atlas.n_obs)
+            for cells in (idx1, idx2)
+        )
+        batches1, batches2 = decode_batches(self.fields, estimator, batch_correction, batchid1, batchid2)
+        question = Question(
+            mode, estimator, delta, all_stats, batches1, batches2, fdr_target, filter_outlier_cells,
+            n_samples_overall, n_cells, n_draws, p_bound, bf_threshold, pseudocounts, threshold_counts,
+            test_mode, tuple(cred_interval_lvls), seed,
+        )  # fmt: skip
+        groups = groups_of(atlas, groupby, group1, group2, first, second)
+        with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:
+            return differential_expression(
+                self.module, atlas, codes, self.fields.var_names, groups, question, advance
+            )
+
+    def calibration(
+        self,
+        adata: Data | None = None,
+        groupby: str | None = None,
+        group: str | None = None,
+        idx: Any = None,
+        mode: str = "vanilla",
+        delta: float | None = 0.25,
+        *,
+        n_splits: int = 20,
+        n_cells: int = 100,
+        batch_correction: bool | None = None,
+        fdr_target: float = 0.05,
+        estimator: str = "pooled",
+        n_samples_overall: int = 5000,
+        n_draws: int = 200,
+        bf_threshold: float = 3.0,
+        seed: int = 0,
+        silent: bool = True,
+    ) -> pd.DataFrame:
+        """How many genes `differential_expression` calls between halves of one group: none, if it is sound.
+
+        In each split ``n_cells`` of the group, drawn at random, are compared with as many others of it.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            groupby: column of obs with the group.
+            group: its level.
+            idx: in place of these, the cells of the group: positions, a mask or a query of obs.
+            mode: ``"vanilla"`` or ``"change"``; with the arguments that follow as `differential_expression`
+                has them.
+            delta: log2 fold change that counts, in change mode.
+            n_splits: random splits.
+            n_cells: cells on each side; pairs of cells too, with ``estimator="paper"``.
+            batch_correction: decode each draw under every batch.
+            fdr_target: expected share of false calls, in change mode.
+            estimator: ``"pooled"`` or ``"paper"``.
+            n_samples_overall: draws from each side.
+            n_draws: draws for each pair, with ``"paper"``.
+            bf_threshold: beyond which a gene is called, in vanilla mode.
+            seed: of splits and draws.
+            silent: show no progress bar.
+
+        Returns:
+            A row a split: ``n_called`` genes, ``share_called`` of all, and the ``largest`` evidence, K
+            without its sign or in change mode the probability of a change, with its ``gene``.
+
+        Raises:
+            CellsError: fewer than ``2 * n_cells`` cells.
+
+        Example:
+            >>> found = model.calibration(groupby="cell_type", group="T", n_splits=2, n_cells=20)
+            >>> len(found), int(found["n_called"].max())
+            (2, 0)
+        """
+        self._must_be_trained()
+        atlas, codes = self._data(adata)
+        chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)
+        cells = cells_of(atlas, groupby, group, chosen)
+        batches1, batches2 = decode_batches(self.fields, estimator, batch_correction, None, None)
+        question = Question(
+            mode, estimator, delta, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
+            n_samples_overall=n_samples_overall, n_cells=n_cells, n_draws=n_draws, bf_threshold=bf_threshold,
+            seed=seed,
+        )  # fmt: skip
+        with bar("calibration", n_splits, "splits", enabled=not silent) as advance:
+            return calibration(
+                self.module, atlas, codes, self.fields.var_names, cells, question,
+                n_splits=n_splits, n_cells=n_cells, advance=advance,
+            )  # fmt: skip
 
     # --- files ----------------------------------------------------------------------------------
 
@@ -1046,6 +1297,10 @@ class CountModel(Generic[Config, Module]):
         if not self.is_trained:
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
 
+    def _must_encode(self) -> None:
+        if not isinstance(self.module, Encodes):
+            raise OptionError(f"{type(self).__name__} has no latent; ask it for predict()")
+
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
         """The data to work on, in the model's terms; new data are registered as the model's were."""
         if data is None:
@@ -1063,6 +1318,11 @@ class CountModel(Generic[Config, Module]):
         return (
             atlas.row_numbers if indices is None else atlas.row_numbers[cell_positions(indices, atlas.n_obs)]
         )
+
+    def _names(self, data: Data | None, indices: Any) -> NDArray[np.object_]:
+        atlas = self._data(data)[0]
+        names: NDArray[np.object_] = atlas.obs_names.astype(object)
+        return names if indices is None else names[cell_positions(indices, atlas.n_obs)]
 
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
@@ -1085,6 +1345,7 @@ class CountModel(Generic[Config, Module]):
     ) -> Request:
         """What is asked, in the model's terms."""
         self._must_be_trained()
+        self._must_decode()
         if n_samples < 1:
             raise OptionError(f"n_samples must be at least 1, is {n_samples}")
         if isinstance(library_size, str) and library_size != "latent":
@@ -1097,6 +1358,10 @@ class CountModel(Generic[Config, Module]):
             None if library_size == "latent" else float(library_size),
             n_samples, seed=seed, return_mean=return_mean, precision=precision,
         )  # fmt: skip
+
+    def _must_decode(self) -> None:
+        if not isinstance(self.module, Decodes):
+            raise OptionError(f"{type(self).__name__} has no normalised expression; SCVI and DCA have")
 
     def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:
         """Cells to decode, and their names when they are asked for."""

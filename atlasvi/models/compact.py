@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import zarr
 
-import atlasvi
-from atlasvi.errors import ModelError, ObsError, StoreError
+from atlasvi.errors import ObsError, StoreError
 from atlasvi.files import replacing_folder
 from atlasvi.infer.compact import (
     CELLS,
@@ -24,9 +23,9 @@ from atlasvi.infer.compact import (
     write_index,
 )
 from atlasvi.infer.encoded import Encoded, fingerprint
+from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
-from atlasvi.models.folder import read_description
 
 if TYPE_CHECKING:
     import anndata
@@ -219,21 +218,8 @@ def open_compact(path: str | Path, *, verify: bool = True) -> CompactAtlas:
     """
     folder = Path(path)
     found = read_index(folder, verify=verify)
-    model = load_model(folder / MODEL)
+    model = load(folder / MODEL)
     return CompactAtlas(folder, model, read_cells(folder, found["n_vars"]))
 
 
-def load_model(path: Path, data: Data | None = None) -> Any:
-    """Read a model of whatever class, by the name that its folder has.
-
-    Raises:
-        ModelError: this atlasvi has no such model.
-    """
-    name = read_description(path).get("model")
-    known = getattr(atlasvi, name) if name in atlasvi.__all__ else None
-    if not (isinstance(known, type) and issubclass(known, CountModel)):
-        raise ModelError(f"{str(path)!r} is a {name}, which this atlasvi does not know; upgrade it")
-    return known.load(path, data)
-
-
-__all__ = ["CompactAtlas", "load_model", "open_compact", "publish"]
+__all__ = ["CompactAtlas", "open_compact", "publish"]

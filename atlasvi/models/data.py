@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -45,6 +46,16 @@ def registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
     return atlas, fields
 
 
+@contextmanager
+def registered_as(atlas: Atlas, fields: FieldMap) -> Iterator[None]:
+    """For as long as a model is built: an atlas set up otherwise than its owner set it up."""
+    before, atlas.registration = atlas.registration, fields
+    try:
+        yield
+    finally:
+        atlas.registration = before
+
+
 def split_cells(
     n_obs: int, train_size: float, validation_size: float | None, shuffle: bool, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -80,4 +91,12 @@ def gene_shares(minibatches: Iterable[Minibatch], n_vars: int) -> torch.Tensor:
     return (totals / totals.sum()).float()
 
 
-__all__ = ["Data", "LibraryMoments", "gene_shares", "library_moments", "registered", "split_cells"]
+__all__ = [
+    "Data",
+    "LibraryMoments",
+    "gene_shares",
+    "library_moments",
+    "registered",
+    "registered_as",
+    "split_cells",
+]

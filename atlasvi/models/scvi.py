@@ -27,7 +27,7 @@ from torch import nn
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
 from atlasvi.models.base import CountModel, LibraryMoments, one_of
-from atlasvi.nn.decoder import Decoder
+from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
 from atlasvi.train.schedule import TrainingPlan
@@ -93,39 +93,15 @@ class SCVIModule(nn.Module):
         self.has_size_factor = fields.size_factor_key is not None
         self.library_is_latent = not (config.use_observed_lib_size or self.has_size_factor)
 
-        levels = (fields.n_batch, *fields.n_levels)
-        n_continuous = len(fields.continuous_covariate_keys)
-        encoded = config.encode_covariates
-
-        def mlp(n_in: int, n_layers: int, part: str, covariates: bool, dropout: float, stream: int) -> MLP:
-            return MLP(
-                n_in, config.n_hidden, n_layers,
-                levels if covariates else (), n_continuous if covariates else 0,
-                inject=config.deeply_inject_covariates, dropout_rate=dropout,
-                batch_norm=config.use_batch_norm in (part, "both"),
-                layer_norm=config.use_layer_norm in (part, "both"),
-                stream=stream,
-            )  # fmt: skip
-
-        self.encoder = Encoder(
-            mlp(fields.n_vars, config.n_layers, "encoder", encoded, config.dropout_rate, _ENCODER_DROPOUT),
-            config.n_hidden,
-            config.n_latent,
-        )
-        self.decoder = Decoder(
-            mlp(config.n_latent, config.n_layers, "decoder", True, 0.0, 0),
-            config.n_hidden,
-            fields.n_vars,
-            has_pi=self.likelihood.has_pi,
-            has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
-        )
+        self.encoder = self.make_encoder(fields)
+        self.decoder = self.make_decoder(fields)
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
             rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
             self.log_theta = nn.Parameter(torch.randn(rows[config.dispersion], fields.n_vars))
         if self.library_is_latent:
             assert library is not None
             self.library_encoder = Encoder(
-                mlp(fields.n_vars, 1, "encoder", encoded, config.dropout_rate, _LIBRARY_DROPOUT),
+                self.count_mlp(fields, 1, _LIBRARY_DROPOUT),
                 config.n_hidden,
                 1,
             )
@@ -135,17 +111,53 @@ class SCVIModule(nn.Module):
     @torch.no_grad()
     def start_at(self, shares: torch.Tensor) -> None:
         """Let rho start near the genes' shares, so that no steps are spent on finding them."""
-        if not self.has_size_factor:
+        # Where the mean is no softmax, or a linear decoder has no intercept, there is nothing to set.
+        if not self.has_size_factor and isinstance(self.decoder.scale, nn.Linear):
             self.decoder.scale.bias.copy_(shares.log())
+
+    def mlp(self, part: str, n_in: int, n_layers: int, covariates: FieldMap | None, stream: int = 0) -> MLP:
+        """Hidden layers of the ``"encoder"`` or ``"decoder"``; only those of encoders drop out."""
+        config = self.config
+        return MLP(
+            n_in, config.n_hidden, n_layers,
+            levels_of(covariates) if covariates else (),
+            len(covariates.continuous_covariate_keys) if covariates else 0,
+            inject=config.deeply_inject_covariates,
+            dropout_rate=config.dropout_rate if part == "encoder" else 0.0,
+            batch_norm=config.use_batch_norm in (part, "both"),
+            layer_norm=config.use_layer_norm in (part, "both"),
+            stream=stream,
+        )  # fmt: skip
+
+    def count_mlp(self, fields: FieldMap, n_layers: int, stream: int = _ENCODER_DROPOUT) -> MLP:
+        """Hidden layers of an encoder, on counts and, if asked for, covariates."""
+        encoded = fields if self.config.encode_covariates else None
+        return self.mlp("encoder", fields.n_vars, n_layers, encoded, stream)
+
+    def make_encoder(self, fields: FieldMap) -> Encoder:
+        """From counts to q(z | x)."""
+        config = self.config
+        return Encoder(self.count_mlp(fields, config.n_layers), config.n_hidden, config.n_latent)
+
+    def make_decoder(self, fields: FieldMap) -> Decoder | LinearDecoder:
+        """From z to logits: hidden layers, then heads."""
+        config = self.config
+        return Decoder(
+            self.mlp("decoder", config.n_latent, config.n_layers, fields),
+            config.n_hidden,
+            fields.n_vars,
+            has_pi=self.likelihood.has_pi,
+            has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
+        )
 
     def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z | x)."""
-        posterior: Posterior = self.encoder(minibatch.counts, _covariates(minibatch), noise)
+        posterior: Posterior = self.encoder(minibatch.counts, covariates(minibatch), noise)
         return posterior
 
     def encode_library(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(log l | x); only where the library size is latent."""
-        posterior: Posterior = self.library_encoder(minibatch.counts, _covariates(minibatch), noise)
+        posterior: Posterior = self.library_encoder(minibatch.counts, covariates(minibatch), noise)
         return posterior
 
     def library(self, minibatch: Minibatch, noise: Noise | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +175,16 @@ class SCVIModule(nn.Module):
             self.library_log_var[minibatch.batch_index].sqrt().unsqueeze(1),
         )
         return log_library.squeeze(1).exp(), kl
+
+    @property
+    def mean(self) -> str:
+        """How the mean is made of logits: library times ``"softmax"``, or times ``"exp"`` of `log_scale`."""
+        # scvi-tools gives up the softmax here: mu = size factor * softplus.
+        return "exp" if self.has_size_factor else "softmax"
+
+    def log_scale(self, logits: torch.Tensor) -> torch.Tensor:
+        """What stands in the place of the logits where they are not the head's own."""
+        return F.softplus(logits).log() if self.has_size_factor else logits
 
     def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
         """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
@@ -184,18 +206,18 @@ class SCVIModule(nn.Module):
     ) -> torch.Tensor:
         """``(B,)`` log p(x | z, l, s)."""
         decoder = self.decoder
-        h = decoder.hidden(z, _covariates(minibatch))
+        h = decoder.hidden(z, covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
-        if not self.has_size_factor:
+        if isinstance(decoder, Decoder) and not self.has_size_factor:
             return self.likelihood.log_prob_of_heads(
                 minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
-                theta_index=theta_index, matmul_dtype=matmul_dtype,
+                theta_index=theta_index, mean=self.mean, matmul_dtype=matmul_dtype,
             )  # fmt: skip
-        # scvi-tools gives up the softmax here: mu = size factor * softplus.
         return self.likelihood.log_prob(
-            minibatch.counts, F.softplus(decoder.scale(h)).log(), library,
+            minibatch.counts, self.log_scale(decoder.scale(h)), library,
             theta(h).exp() if isinstance(theta, nn.Linear) else theta,
-            None if decoder.pi is None else decoder.pi(h), theta_index=theta_index, mean="exp",
+            None if decoder.pi is None else decoder.pi(h),
+            theta_index=theta_index, mean=self.mean,
         )  # fmt: skip
 
     def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
@@ -217,19 +239,19 @@ class SCVIModule(nn.Module):
 
     def _log_rho(self, h: torch.Tensor, genes: torch.Tensor | None) -> torch.Tensor:
         decoder = self.decoder
-        if self.has_size_factor:
-            return F.softplus(decoder.genes(decoder.scale, h, genes)).log()
+        if self.mean == "exp":
+            return self.log_scale(decoder.genes(decoder.scale, h, genes))
         if genes is None:
             return F.log_softmax(decoder.scale(h), dim=-1)
         return decoder.genes(decoder.scale, h, genes) - decoder.log_normaliser(h)
 
     def hidden(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
         """``(B, H)`` hidden units of the decoder."""
-        return self.decoder.hidden(z, _covariates(minibatch))
+        return self.decoder.hidden(z, covariates(minibatch))
 
     def softmax_head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weight and bias of which rho is the softmax; with size factors it is none."""
-        return None if self.has_size_factor else self.decoder.scale_weights()
+        return None if self.mean == "exp" else self.decoder.scale_weights()
 
     def count_parameters(
         self,
@@ -251,7 +273,13 @@ class SCVIModule(nn.Module):
         return CountParameters(mu, theta, None if pi is None else self.decoder.genes(pi, h, genes))
 
 
-def _covariates(minibatch: Minibatch) -> Covariates:
+def levels_of(fields: FieldMap) -> tuple[int, ...]:
+    """Number of levels of each of the codes in `covariates`."""
+    return (fields.n_batch, *fields.n_levels)
+
+
+def covariates(minibatch: Minibatch) -> Covariates:
+    """What is known of the cells of a minibatch besides their counts: batches, then further covariates."""
     codes = torch.cat([minibatch.batch_index.unsqueeze(1), minibatch.cat_covs], dim=1)
     return Covariates(codes, minibatch.cont_covs)
 

@@ -1,4 +1,4 @@
-"""q(z | x): from sparse counts to a diagonal normal."""
+"""q(z | x): from sparse counts, or another latent, to a diagonal normal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from atlasvi_kernels import CSR
 from torch import nn
 
-from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel
 from atlasvi.types import Noise, Posterior
 
 VARIANCE_FLOOR = 1e-4  # added to the variance, as scvi-tools does
@@ -19,15 +19,19 @@ class Encoder(nn.Module):
         mlp: the hidden layers.
         n_hidden: their width.
         n_out: dimensions of the latent.
+        floor: added to the variance.
     """
 
-    def __init__(self, mlp: MLP, n_hidden: int, n_out: int) -> None:
+    def __init__(self, mlp: MLP, n_hidden: int, n_out: int, *, floor: float = VARIANCE_FLOOR) -> None:
         super().__init__()
         self.mlp = mlp
+        self.floor = floor
         self.loc = nn.Linear(n_hidden, n_out)
         self.log_variance = nn.Linear(n_hidden, n_out)
 
-    def forward(self, counts: CSR, covariates: Covariates, noise: Noise | None) -> Posterior:
+    def forward(
+        self, x: CSR | torch.Tensor, covariates: Covariates, noise: Noise | NoiseByLabel | None
+    ) -> Posterior:
         """The posterior of B cells."""
-        h = self.mlp(counts, covariates, noise)
-        return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + VARIANCE_FLOOR))
+        h = self.mlp(x, covariates, noise)
+        return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + self.floor))

@@ -26,6 +26,29 @@ class Covariates:
     continuous: torch.Tensor
 
 
+def by_label(values: torch.Tensor, n_labels: int) -> torch.Tensor:
+    """``(B, K n)`` to ``(K B, n)``, all cells of the first label first: rows that are cells within labels."""
+    n_cells = len(values)
+    return values.view(n_cells, n_labels, -1).transpose(0, 1).reshape(n_labels * n_cells, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseByLabel:
+    """Noise of rows that are cells within labels, a draw of its own for each.
+
+    Args:
+        noise: of the B cells.
+        n_labels: K.
+    """
+
+    noise: Noise
+    n_labels: int
+
+    def uniform(self, n: int, stream: int) -> torch.Tensor:
+        """``(K B, n)``."""
+        return by_label(self.noise.uniform(n * self.n_labels, stream), self.n_labels)
+
+
 class InputLinear(nn.Module):
     """``y = x W + covariates V + b``: the one-hot product of scvi-tools, without the one-hot.
 
@@ -72,6 +95,38 @@ class InputLinear(nn.Module):
             rows = covariates.codes[:, self.used] + self.offsets
             y = y + F.embedding(rows, self.covariate_weight).sum(1)
         return y
+
+
+class StandardisedLinear(InputLinear):
+    """``y = ((log(1 + x / s) - m) / d) W + b``, s the cell's total over the median total: DCA's first layer.
+
+    The counts stay sparse: d is divided out of W, and what m takes off is a constant.
+
+    Args:
+        n_in: width of ``x``.
+        n_out: width of ``y``.
+    """
+
+    median_total: torch.Tensor
+    gene_mean: torch.Tensor
+    gene_deviation: torch.Tensor
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.register_buffer("median_total", torch.ones(()))
+        self.register_buffer("gene_mean", torch.zeros(n_in))
+        self.register_buffer("gene_deviation", torch.ones(n_in))
+
+    def size_factor(self, x: CSR) -> torch.Tensor:
+        """``(B,)``; a cell without counts has that of one count."""
+        return x.row_sums().clamp(min=1) / self.median_total
+
+    def forward(self, x: torch.Tensor | CSR, covariates: Covariates) -> torch.Tensor:
+        """``(B, n_out)``."""
+        assert isinstance(x, CSR)
+        weight = self.weight / self.gene_deviation.unsqueeze(1)
+        bias = self.bias - self.gene_mean @ weight
+        return csr_linear(x, weight, bias, transform="log1p", scale=1 / self.size_factor(x))
 
 
 class MLP(nn.Module):
@@ -123,7 +178,9 @@ class MLP(nn.Module):
             if batch_norm:
                 self.batch_norms.append(nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001))
 
-    def forward(self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | NoiseByLabel | None
+    ) -> torch.Tensor:
         """``(B, n_hidden)``; without ``noise`` nothing is dropped out."""
         for i, linear in enumerate(self.linears):
             h = linear(x, covariates)

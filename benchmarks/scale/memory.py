@@ -16,6 +16,7 @@ Stages, each on what the one before it left in the folder:
 ``decode``     rho of some genes of every cell to Zarr
 ``decode-all`` rho of all genes of every cell to Zarr
 ``impute``     imputed counts and technical zeros of some genes of every cell to Zarr
+``de``         every cell type against the rest, fold changes, 1,000 draws of each
 ``load``       the control: ``anndata.read_zarr`` of the store, which no limit below its size lets pass
 =============  =========================================================================================
 
@@ -47,7 +48,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "impute")
+STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "impute", "de")
 CONTROL = "load"
 TINY = 600
 # Exit status of a stage that was refused memory.
@@ -400,6 +401,21 @@ def _impute(n: int, folder: Path, setting: Setting) -> Ready:
     return run
 
 
+def _de(n: int, folder: Path, setting: Setting) -> Ready:
+    import atlasvi
+
+    model_type = atlasvi.SCVI
+
+    def run() -> None:
+        with atlasvi.open(_store(n, folder)) as atlas:
+            model = model_type.load(folder / "model", atlas)
+            model.differential_expression(
+                groupby="cell_type", mode="change", n_samples_overall=1000, silent=True
+            )
+
+    return run
+
+
 def _load(n: int, folder: Path, setting: Setting) -> Ready:
     import anndata
 
@@ -411,8 +427,7 @@ def _load(n: int, folder: Path, setting: Setting) -> Ready:
 
 _STAGES: dict[str, Callable[[int, Path, Setting], Ready]] = {
     "simulate": _simulate, "ingest": _ingest, "shuffle": _shuffle, "train": _train, "latent": _latent,
-    "decode": _decode, "decode-all": _decode_all, "impute": _impute,
-    "load": _load,
+    "decode": _decode, "decode-all": _decode_all, "impute": _impute, "de": _de, "load": _load,
 }  # fmt: skip
 
 

@@ -55,3 +55,12 @@ def test_numbers_out_of_range_are_refused():
         counter_uniform(-1, 0, 0, torch.tensor([0]), 1)
     with pytest.raises(ValueError, match="stream 256"):
         counter_uniform(0, 0, 256, torch.tensor([0]), 1)
+
+
+def test_a_step_for_each_row_gives_what_each_step_gives_alone():
+    rows, steps = torch.tensor([3, 3, 8, 0]), torch.tensor([0, 5, 5, 2])
+    together = counter_normal(7, steps, 1, rows, 5)
+    for i in range(len(rows)):
+        assert torch.equal(together[i : i + 1], counter_normal(7, int(steps[i]), 1, rows[i : i + 1], 5))
+    with pytest.raises(ValueError, match="step"):
+        counter_normal(7, torch.tensor([0, -1, 0, 0]), 1, rows, 5)

@@ -190,9 +190,9 @@ def test_evaluation_agrees(case):
 
 
 def _covariates_of(minibatch):
-    from atlasvi.models.scvi import _covariates
+    from atlasvi.models.scvi import covariates
 
-    return _covariates(minibatch)
+    return covariates(minibatch)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if INDEX["cases"][case]["train"]])

@@ -1,0 +1,47 @@
+"""Cells far from their group in the latent space."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from atlasvi.errors import CellsError
+from atlasvi.infer.latent import latent_blocks
+from atlasvi.stream import Epochs
+
+if TYPE_CHECKING:
+    from atlasvi.de.groups import Groups
+    from atlasvi.store.atlas import Atlas
+    from atlasvi.store.fields import Codes
+
+
+def without_outliers(
+    atlas: Atlas, codes: Codes, module: torch.nn.Module, groups: Groups, seed: int
+) -> Groups:
+    """The groups without the tenth of their cells that is farthest from the rest (Rousseeuw 1984).
+
+    A robust ellipse is fitted to the means of q(z|x) of each group, with scikit-learn's defaults, as in
+    scvi-tools; but of the rest of the cells, group by group.
+
+    Raises:
+        CellsError: a group has too few cells for it.
+    """
+    from sklearn.covariance import EllipticEnvelope
+
+    device = next(module.parameters()).device
+    kept = groups.codes.copy()
+    for g, name in enumerate(groups.names):
+        cells = np.flatnonzero(groups.codes == g)
+        minibatches = Epochs(atlas, codes, shuffle=False, batch_size=1024, positions=cells)()
+        latent = np.concatenate([loc for loc, _ in latent_blocks(module, minibatches, device)])
+        if len(cells) <= 2 * latent.shape[1]:
+            raise CellsError(
+                f"group {name!r} has {len(cells)} cells, too few to find outliers among in {latent.shape[1]} "
+                "dimensions; leave out filter_outlier_cells"
+            )
+        inlier = EllipticEnvelope(random_state=seed).fit_predict(latent) == 1
+        kept[cells[~inlier]] = -1
+    return replace(groups, codes=kept)

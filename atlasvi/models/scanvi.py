@@ -1,0 +1,529 @@
+"""scANVI (Xu et al. 2021, Molecular Systems Biology 17, e9620): scVI with labels that part of the cells have.
+
+Generative model of cell n with batch s_n; what is not said is as in `atlasvi.models.scvi`::
+
+    y_n ~ Categorical(uniform)                       label, known for some cells                (1)
+    u_n ~ N(0, I)                                    what the label does not say                (2)
+    z_n ~ N(m(u_n, y_n), v(u_n, y_n))                latent                                     (3)
+    x_n ~ p(x | z_n, l_n, s_n)                       as in scVI                                 (4)
+
+Inference: q(z|x) as in scVI, q(y|z) the classifier, q(u|z,y) a network. For each cell the negative ELBO is::
+
+    - log p(x|z,l,s) + log q(z|x) + sum over y of q(y|z) [ - log p(z|u,y) + KL(q(u|z,y) || p(u)) ]
+    + KL(q(y|z) || p(y)) + KL(q(l|x) || p(l))                                                   (5)
+
+with one draw of z, and of u for each label; the divergences are weighted as the schedule says. To (5) is
+added ``classification_ratio`` times the cross-entropy of q(y|z) at the mean of q(z|x), over a minibatch of
+labelled cells of its own: every step has one, however few cells are labelled. This is scvi-tools' objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from atlasvi.errors import NotTrainedError, ObsError, OptionError
+from atlasvi.infer.classify import probability_blocks
+from atlasvi.models.arguments import refuse
+from atlasvi.models.base import CountModel, LibraryMoments
+from atlasvi.models.data import registered_as
+from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
+from atlasvi.nn.encoder import Encoder
+from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
+from atlasvi.store.atlas import Atlas, as_atlas
+from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, level_codes, resolve, uns_entry
+from atlasvi.stream import Epochs
+from atlasvi.train.schedule import default_epochs
+from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+
+if TYPE_CHECKING:
+    from atlasvi.models.base import Data
+
+# Noise streams, apart from those of scVI.
+_Z, _U = 0, 2
+_CLASSIFIER_DROPOUT, _U_DROPOUT = 48, 64
+
+
+@dataclass(frozen=True, slots=True)
+class SCANVIConfig(SCVIConfig):
+    """What `SCANVI` is made of; the arguments are `SCANVI`'s own."""
+
+    linear_classifier: bool = False
+    classifier_n_layers: int | None = None
+    classifier_n_hidden: int | None = None
+    classifier_dropout_rate: float | None = None
+    classification_ratio: float = 50.0
+    balance_labels: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what the model cannot be."""
+        SCVIConfig.__post_init__(self)
+        if self.dispersion == "gene-label":
+            raise OptionError(
+                "dispersion 'gene-label' needs the label of every cell; use 'gene', 'gene-batch' or "
+                "'gene-cell'"
+            )
+        if self.classification_ratio < 0:
+            raise OptionError(f"classification_ratio must be at least 0, is {self.classification_ratio}")
+        for name in ("classifier_n_layers", "classifier_n_hidden"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or self.linear_classifier):
+                raise OptionError(
+                    f"{name}={value}: must be at least 1, and a linear classifier has no hidden layers"
+                )
+
+
+class Classifier(nn.Module):
+    """``q(y | z) = softmax(MLP(z) W + b)``.
+
+    Args:
+        mlp: the hidden layers, or ``None`` for a linear one.
+        n_in: width of what the last layer takes.
+        n_labels: number of labels.
+    """
+
+    def __init__(self, mlp: MLP | None, n_in: int, n_labels: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.out = nn.Linear(n_in, n_labels)
+
+    def forward(self, z: torch.Tensor, noise: Noise | None) -> torch.Tensor:
+        """``(B, n_labels)`` logits."""
+        if self.mlp is not None:
+            z = self.mlp(z, Covariates(z.new_empty(len(z), 0).long(), z.new_empty(len(z), 0)), noise)
+        logits: torch.Tensor = self.out(z)
+        return logits
+
+
+class SCANVIModule(SCVIModule):
+    """The networks of `SCANVI`: those of `SCVI`, a classifier, and u given z and y and back.
+
+    Args:
+        config: sizes and choices.
+        fields: what is known of the data; the last label stands for cells without one.
+        library: as in `SCVIModule`.
+    """
+
+    config: SCANVIConfig
+    label_prior: torch.Tensor
+
+    def __init__(self, config: SCANVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
+        super().__init__(config, fields, library)
+        if fields.unlabeled_category is None or fields.n_labels < 2:
+            raise OptionError(
+                "SCANVI needs labels; call SCANVI.setup_anndata(adata, labels_key, unlabeled_category)"
+            )
+        self.n_labels = fields.n_labels - 1
+        n_latent, n_hidden = config.n_latent, config.n_hidden
+
+        def mlp(
+            part: str, n_hidden: int, n_layers: int, levels: tuple[int, ...], rate: float, stream: int
+        ) -> MLP:
+            return MLP(
+                n_latent, n_hidden, n_layers, levels, 0, inject=True, dropout_rate=rate,
+                batch_norm=config.use_batch_norm in (part, "both"),
+                layer_norm=config.use_layer_norm in (part, "both"), stream=stream,
+            )  # fmt: skip
+
+        if config.linear_classifier:
+            self.classifier = Classifier(None, n_latent, self.n_labels)
+        else:
+            width, depth = (
+                config.classifier_n_hidden or n_hidden,
+                config.classifier_n_layers or config.n_layers,
+            )
+            rate = config.classifier_dropout_rate
+            rate = config.dropout_rate if rate is None else rate
+            hidden = mlp("encoder", width, depth, (), rate, _CLASSIFIER_DROPOUT)
+            self.classifier = Classifier(hidden, width, self.n_labels)
+        labels = (self.n_labels,)
+        self.u_encoder = Encoder(
+            mlp("encoder", n_hidden, config.n_layers, labels, config.dropout_rate, _U_DROPOUT),
+            n_hidden,
+            n_latent,
+        )
+        self.u_decoder = Encoder(
+            mlp("decoder", n_hidden, config.n_layers, labels, 0.0, 0), n_hidden, n_latent, floor=0.0
+        )
+        self.register_buffer("label_prior", torch.full((self.n_labels,), 1 / self.n_labels))
+
+    def class_logits(self, minibatch: Minibatch, noise: Noise | None = None) -> torch.Tensor:
+        """``(B, n_labels)`` logits of q(y | z) at the mean of q(z | x), or with ``noise`` at a draw."""
+        qz = self.encode(minibatch)
+        z = qz.loc if noise is None else qz.rsample(noise.normal(qz.loc.shape[1], _Z))
+        logits: torch.Tensor = self.classifier(z, None)
+        return logits
+
+    def label_terms(self, z: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(B,)`` the expectation of -log p(z|u,y) over q(y|z) of (5), and of the divergences of u and y."""
+        n_labels, n_cells = self.n_labels, len(z)
+        log_q = self.classifier(z, noise).log_softmax(-1)
+        q = log_q.exp()
+        codes = torch.arange(n_labels, device=z.device).repeat_interleave(n_cells).unsqueeze(1)
+        labels = Covariates(codes, z.new_empty(len(codes), 0))
+        zs = z.repeat(n_labels, 1)
+        qu: Posterior = self.u_encoder(zs, labels, NoiseByLabel(noise, n_labels))
+        u = qu.rsample(by_label(noise.normal(n_labels * z.shape[1], _U), n_labels))
+        pz: Posterior = self.u_decoder(u, labels, None)
+        log_pz = _log_normal(zs, pz).view(n_labels, n_cells).T
+        kl_u = qu.kl_divergence().view(n_labels, n_cells).T
+        kl_y = (q * (log_q - self.label_prior.log())).sum(1)
+        return -(q * log_pz).sum(1), (q * kl_u).sum(1) + kl_y
+
+    def loss(self, minibatch: Minibatch, noise: Noise, weights: StepWeights | None = None) -> LossTerms:
+        """(5) of a minibatch, and the cross-entropy of the labelled cells that come with it."""
+        weights = weights or StepWeights()
+        qz = self.encode(minibatch, noise)
+        z = qz.rsample(noise.normal(qz.loc.shape[1], _Z))
+        library, kl_library = self.library(minibatch, noise)
+        reconstruction = -self.log_likelihood(z, library, minibatch, weights.matmul_dtype)
+        cross, divergence = self.label_terms(z, noise)
+        latent = _log_normal(z, qz) + cross
+        total = (reconstruction + latent + weights.kl * (divergence + kl_library)).mean()
+        if minibatch.labelled is not None:
+            total = total + self.config.classification_ratio * self.classification_loss(
+                minibatch.labelled, noise
+            )
+        kl_z = (latent + divergence).detach()
+        return LossTerms(total, reconstruction.detach(), kl_z, kl_library.detach())
+
+    def classification_loss(self, labelled: Minibatch, noise: Noise) -> torch.Tensor:
+        """Cross-entropy of cells that have labels, in nats."""
+        noise = Noise(noise.seed, noise.step, labelled.rows)
+        logits = self.classifier(self.encode(labelled, noise).loc, noise)
+        return F.cross_entropy(logits, labelled.labels)
+
+
+def _log_normal(value: torch.Tensor, q: Posterior) -> torch.Tensor:
+    """``(B,)`` log density of a diagonal normal."""
+    normal = torch.distributions.Normal(q.loc, q.scale, validate_args=False)
+    density: torch.Tensor = normal.log_prob(value)
+    return density.sum(-1)
+
+
+class WithLabelled:
+    """Epochs in which a minibatch of labelled cells comes with every minibatch.
+
+    The labelled cells are gone through as often as it takes, each time in an order of its own.
+
+    Args:
+        full: epochs of all cells to train on.
+        labelled: epochs of those among them that have a label.
+    """
+
+    def __init__(self, full: Epochs, labelled: Epochs) -> None:
+        self.full, self.labelled = full, labelled
+        self.keeps = full.keeps
+        self._rounds = -(-full.plan(0).n_minibatches // labelled.plan(0).n_minibatches)
+
+    def __call__(self, epoch: int = 0, start: int = 0) -> Iterator[Minibatch]:
+        """The minibatches of an epoch from ``start``, each with a `Minibatch.labelled`."""
+        skipped, begin = divmod(start, self.labelled.plan(0).n_minibatches)
+
+        def cells() -> Iterator[Minibatch]:
+            for i in count(skipped):
+                yield from self.labelled(epoch * self._rounds + i, begin if i == skipped else 0)
+
+        for minibatch, labelled in zip(self.full(epoch, start), cells(), strict=False):
+            yield replace(minibatch, labelled=labelled)
+
+
+class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
+    """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
+
+    The defaults are scvi-tools'. The model is at the head of this file; Xu et al. 2021.
+
+    Args:
+        adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
+        n_hidden: width of the hidden layers.
+        n_latent: dimensions of the latent.
+        n_layers: hidden layers of encoder, decoder, classifier.
+        dropout_rate: in the encoder and the classifier.
+        dispersion: one theta for each ``"gene"``, ``"gene-batch"`` or ``"gene-cell"``.
+        gene_likelihood: ``"zinb"``, ``"nb"``, ``"zip"`` or ``"poisson"``.
+        use_observed_lib_size: take a cell's total as its library size, or infer it.
+        linear_classifier: classify by one linear layer.
+        latent_distribution: ``"normal"``.
+        encode_covariates: show batch and covariates to the encoder too.
+        deeply_inject_covariates: add them to every hidden layer, or to the first only.
+        use_batch_norm: in ``"encoder"``, ``"decoder"``, ``"both"`` or ``"none"``.
+        use_layer_norm: likewise.
+        classifier_n_layers: hidden layers of the classifier, if other than ``n_layers``.
+        classifier_n_hidden: their width, if other than ``n_hidden``.
+        classifier_dropout_rate: in the classifier, if other than ``dropout_rate``.
+        classification_ratio: weight of the cross-entropy.
+        balance_labels: let labelled cells come equally often from each label.
+        seed: of the initial weights.
+
+    Raises:
+        OptionError: an argument out of its range, or data set up without labels.
+
+    Example:
+        >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown", batch_key="batch")
+        >>> model = SCANVI(atlas, n_latent=5)
+        >>> model.train(max_epochs=2, enable_progress_bar=False)
+        >>> set(model.predict()) <= {"T", "B"}
+        True
+    """
+
+    config_type = SCANVIConfig
+    module_type = SCANVIModule
+
+    def __init__(
+        self,
+        adata: Data,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        gene_likelihood: str = "zinb",
+        use_observed_lib_size: bool = True,
+        linear_classifier: bool = False,
+        *,
+        latent_distribution: str = "normal",
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
+        classifier_n_layers: int | None = None,
+        classifier_n_hidden: int | None = None,
+        classifier_dropout_rate: float | None = None,
+        classification_ratio: float = 50.0,
+        balance_labels: bool = False,
+        seed: int = 0,
+    ) -> None:
+        config = SCANVIConfig(
+            n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
+            use_observed_lib_size, encode_covariates, deeply_inject_covariates,
+            use_batch_norm, use_layer_norm, seed, linear_classifier, classifier_n_layers, classifier_n_hidden,
+            classifier_dropout_rate, classification_ratio, balance_labels,
+        )  # fmt: skip
+        super().__init__(adata, config, needs_library=not use_observed_lib_size)
+
+    @classmethod
+    def setup_anndata(  # type: ignore[override]
+        cls,
+        adata: Data,
+        labels_key: str | None = None,
+        unlabeled_category: str | None = None,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        *,
+        gene_mask: str | None = "auto",
+    ) -> None:
+        """Say which columns the model should use; see `CountModel.setup_anndata`.
+
+        Args:
+            adata: an AnnData or an opened `Atlas`.
+            labels_key: column of obs with labels.
+            unlabeled_category: its level of cells without one, such as ``"Unknown"``.
+            layer: where the counts of an AnnData are.
+            batch_key: column of obs with the batch.
+            size_factor_key: column of obs with a size factor > 0.
+            categorical_covariate_keys: further columns with levels to remove.
+            continuous_covariate_keys: further columns with numbers to remove.
+            gene_mask: boolean column of var that chooses the genes.
+
+        Raises:
+            OptionError: no labels, or no name for what has none.
+            ObsError: a column is missing, or no cell has a label.
+        """
+        if labels_key is None or unlabeled_category is None:
+            raise OptionError(
+                "SCANVI needs labels_key=, the column with labels, and unlabeled_category=, its level of "
+                "cells that have none, such as 'Unknown'"
+            )
+        super().setup_anndata(
+            adata, layer, batch_key, labels_key, size_factor_key, categorical_covariate_keys,
+            continuous_covariate_keys, gene_mask=gene_mask,
+        )  # fmt: skip
+        fields = adata.registration if isinstance(adata, Atlas) else from_uns(adata)  # type: ignore[arg-type]
+        assert fields is not None
+        _register(adata, with_unlabeled(fields, unlabeled_category))
+
+    @classmethod
+    def from_scvi_model(
+        cls,
+        scvi_model: SCVI,
+        unlabeled_category: str,
+        labels_key: str | None = None,
+        adata: Data | None = None,
+        *,
+        linear_classifier: bool = False,
+        classifier_n_layers: int | None = None,
+        classifier_n_hidden: int | None = None,
+        classifier_dropout_rate: float | None = None,
+        classification_ratio: float = 50.0,
+        balance_labels: bool = False,
+    ) -> SCANVI:
+        """A model with the weights of a trained `SCVI`; the rest has to be trained, for few epochs.
+
+        Args:
+            scvi_model: whose options, genes, columns and weights are taken.
+            unlabeled_category: level of the labels' column of cells without one.
+            labels_key: column of obs with labels, if the `SCVI` was set up without.
+            adata: data to train on; those of the `SCVI` when ``None``.
+            linear_classifier: as in `SCANVI`, and so are the rest.
+            classifier_n_layers: see there.
+            classifier_n_hidden: see there.
+            classifier_dropout_rate: see there.
+            classification_ratio: see there.
+            balance_labels: see there.
+
+        Raises:
+            NotTrainedError: the `SCVI` is not trained.
+            OptionError: no labels' column.
+
+        Example:
+            >>> SCVI.setup_anndata(atlas, batch_key="batch")
+            >>> scvi = SCVI(atlas, n_latent=5)
+            >>> scvi.train(max_epochs=1, enable_progress_bar=False)
+            >>> model = SCANVI.from_scvi_model(scvi, "Unknown", "cell_type")
+            >>> model.train(max_epochs=1, enable_progress_bar=False)
+            >>> model.predict(soft=True).shape == (atlas.n_obs, 2)
+            True
+        """
+        if not scvi_model.is_trained:
+            raise NotTrainedError("the SCVI is not trained; call its train() first")
+        key = labels_key or scvi_model.fields.labels_key
+        if key is None:
+            raise OptionError("from_scvi_model needs labels_key=, the column of obs with labels")
+        atlas, _ = scvi_model._data(adata)
+        _, levels = level_codes(atlas, key)
+        fields = replace(scvi_model.fields, labels_key=key, labels_categories=levels)
+        c = scvi_model.config
+        with registered_as(atlas, with_unlabeled(fields, unlabeled_category)):
+            model = cls(
+                atlas, c.n_hidden, c.n_latent, c.n_layers, c.dropout_rate, c.dispersion, c.gene_likelihood,
+                c.use_observed_lib_size, linear_classifier, latent_distribution=c.latent_distribution,
+                encode_covariates=c.encode_covariates, deeply_inject_covariates=c.deeply_inject_covariates,
+                use_batch_norm=c.use_batch_norm, use_layer_norm=c.use_layer_norm,
+                classifier_n_layers=classifier_n_layers, classifier_n_hidden=classifier_n_hidden,
+                classifier_dropout_rate=classifier_dropout_rate, classification_ratio=classification_ratio,
+                balance_labels=balance_labels, seed=c.seed,
+            )  # fmt: skip
+        own = {k: v for k, v in model.module.state_dict().items() if k not in scvi_model.module.state_dict()}
+        model.module.load_state_dict(own | scvi_model.module.state_dict())
+        model._was_pretrained = True
+        return model
+
+    _was_pretrained = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that it knows, in the order of `predict`'s columns."""
+        return self.fields.labels_categories[:-1]
+
+    def predict(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        soft: bool = False,
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """A label for each cell; those it has are not looked at, and other data need have none.
+
+        Args:
+            adata: other data; that of the model when ``None``. It need not have been set up.
+            indices: positions of the cells.
+            soft: a data frame of probabilities, cells x labels, instead.
+            batch_size: cells at a time; does not change the result.
+            use_posterior_mean: classify the mean of q(z|x), or a draw.
+            seed: of the draw.
+            **unsupported: refused by name.
+
+        Raises:
+            NotTrainedError: before training.
+
+        Example:
+            >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown")
+            >>> model = SCANVI(atlas)
+            >>> model.train(max_epochs=1, enable_progress_bar=False)
+            >>> bool(np.allclose(model.predict(soft=True).sum(axis=1), 1))
+            True
+        """
+        refuse("predict", unsupported)
+        self._must_be_trained()
+        blocks = probability_blocks(
+            self.module, self._minibatches(adata, indices, batch_size), self._device,
+            seed=None if use_posterior_mean else seed,
+        )  # fmt: skip
+        probabilities = np.concatenate(list(blocks))
+        if not soft:
+            return np.array(self.labels, dtype=object)[probabilities.argmax(1)]
+        import pandas as pd
+
+        return pd.DataFrame(probabilities, index=self._names(adata, indices), columns=list(self.labels))
+
+    def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
+        """As of any model; cells of other data that have other labels, or none, count as without one."""
+        if data is None:
+            return super()._data(None)
+        atlas = as_atlas(data, layer=self.fields.layer)
+        key = self.fields.labels_key
+        if key in atlas.obs_keys and set(level_codes(atlas, key)[1]) <= set(self.fields.labels_categories):
+            return super()._data(atlas)
+        codes = resolve(replace(self.fields, labels_key=None), atlas)
+        return atlas, replace(codes, labels=np.full_like(codes.labels, self.module.n_labels))
+
+    def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
+        _, codes = self._data(None)
+        labels = codes.labels[training]
+        has_label = labels < self.module.n_labels
+        if has_label.sum() < 3:
+            raise ObsError(
+                f"{has_label.sum()} of the {len(training):,} cells to train on have a label in obs column "
+                f"{self.fields.labels_key!r}; at least 3 are needed: raise train_size, or label some cells"
+            )
+        labels = labels[has_label]
+        weights = None
+        if self.config.balance_labels:
+            weights = (1 / np.bincount(labels, minlength=self.module.n_labels).clip(1))[labels]
+        labelled = epochs(positions=training[has_label], weights=weights)
+        return WithLabelled(epochs(positions=training), labelled)
+
+    def _default_epochs(self, n_obs: int) -> int:
+        most = default_epochs(n_obs)
+        # Of a model that is mostly trained already, scvi-tools' rule.
+        return min(10, max(2, round(most / 3))) if self._was_pretrained else most
+
+
+def with_unlabeled(fields: FieldMap, unlabeled_category: str) -> FieldMap:
+    """With the level of cells without a label last, whether or not the data have such cells.
+
+    Raises:
+        ObsError: no other level is left.
+    """
+    level = as_level(unlabeled_category)
+    known = tuple(name for name in fields.labels_categories if name != level)
+    if not known:
+        raise ObsError(
+            f"obs column {fields.labels_key!r} has no level but {level!r}, that of cells without a label; "
+            "label some cells"
+        )
+    return replace(fields, labels_categories=(*known, level), unlabeled_category=level)
+
+
+def _register(adata: Data, fields: FieldMap) -> None:
+    if isinstance(adata, Atlas):
+        adata.registration = fields
+    else:
+        assert not isinstance(adata, str | Path)
+        adata.uns[UNS_KEY] = uns_entry(fields)

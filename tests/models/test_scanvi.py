@@ -1,0 +1,171 @@
+"""SCANVI: labels for cells that have none, labelled cells in every step, and what it takes of a SCVI."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import atlasvi
+from atlasvi.errors import NotTrainedError, ObsError, OptionError
+from atlasvi.models.scanvi import SCANVI, WithLabelled
+from atlasvi.models.scvi import SCVI
+from atlasvi.stream import Epochs
+
+
+@pytest.fixture
+def cells():
+    """400 cells of three types that are easily told apart; one in eight has its label."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, 400)
+    mu = rng.gamma(0.5, 4.0, (3, 40))[kind] + 0.1
+    names = np.array(["T", "B", "NK"])[kind]
+    obs = pd.DataFrame(
+        {
+            "truth": names,
+            "label": np.where(np.arange(400) % 8 == 0, names, "Unknown"),
+            "batch": rng.choice(["b1", "b2"], 400),
+        },
+        index=[f"cell-{i}" for i in range(400)],
+    )
+    return anndata.AnnData(
+        sp.csr_matrix(rng.poisson(mu).astype(np.float32)),
+        obs,
+        pd.DataFrame(index=[f"g{g}" for g in range(40)]),
+    )
+
+
+def build(cells, **options):
+    SCANVI.setup_anndata(cells, "label", "Unknown", batch_key="batch", gene_mask=None)
+    return SCANVI(cells, **{"n_hidden": 16, "n_latent": 4, **options})
+
+
+def train(model, max_epochs=15, **options):
+    options = {"batch_size": 64, "plan_kwargs": {"lr": 0.01}, "enable_progress_bar": False, **options}
+    model.train(max_epochs, **options)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_classifier": True, "balance_labels": True}], ids=str)
+def test_cells_without_labels_get_the_right_ones(options, cells):
+    model = train(build(cells, **options))
+    hidden = (cells.obs["label"] == "Unknown").to_numpy()
+    predicted = model.predict()
+    assert (predicted == cells.obs["truth"])[hidden].mean() > 0.95
+    soft = model.predict(soft=True)
+    assert list(soft.columns) == list(model.labels)
+    assert set(model.labels) == {"T", "B", "NK"}
+    assert list(soft.index) == list(cells.obs_names)
+    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(soft.columns[soft.to_numpy().argmax(1)], predicted)
+    np.testing.assert_array_equal(model.predict(indices=[7, 3]), predicted[[7, 3]])
+    drawn = model.predict(soft=True, use_posterior_mean=False, seed=1)
+    assert not np.allclose(drawn, soft)
+    np.testing.assert_allclose(
+        model.predict(soft=True, use_posterior_mean=False, seed=1, batch_size=7), drawn, rtol=1e-4
+    )
+
+
+def test_a_query_needs_no_labels_and_may_have_others(cells, tmp_path):
+    model = train(build(cells), 3)
+    expected = model.predict(soft=True)
+    for change in (lambda obs: obs.drop(columns="label"), lambda obs: obs.assign(label="something else")):
+        query = cells.copy()
+        query.obs = change(query.obs)
+        np.testing.assert_array_equal(model.predict(query, soft=True), expected)
+    model.save(tmp_path / "m")
+    np.testing.assert_array_equal(SCANVI.load(tmp_path / "m").predict(query, soft=True), expected)
+
+
+def test_a_loaded_model_goes_on_with_its_labels(cells, tmp_path):
+    train(build(cells), 1).save(tmp_path / "m")
+    again = SCANVI.load(tmp_path / "m", cells)
+    codes = again._codes.labels
+    assert (codes == 3).sum() == (cells.obs["label"] == "Unknown").sum()
+    train(again)
+    assert (again.predict() == cells.obs["truth"]).mean() > 0.95
+
+
+def test_it_starts_where_a_scvi_ended(cells):
+    SCVI.setup_anndata(cells, batch_key="batch", gene_mask=None)
+    scvi = SCVI(cells, n_hidden=16, n_latent=4, gene_likelihood="nb")
+    with pytest.raises(NotTrainedError):
+        SCANVI.from_scvi_model(scvi, "Unknown", "label")
+    train(scvi, 10)
+    with pytest.raises(OptionError, match="labels_key"):
+        SCANVI.from_scvi_model(scvi, "Unknown")
+    model = SCANVI.from_scvi_model(scvi, "Unknown", "label", linear_classifier=True)
+    assert (model.config.gene_likelihood, model.config.n_hidden) == ("nb", 16)
+    before = scvi.module.state_dict()
+    assert all(
+        (value == before[name]).all() for name, value in model.module.state_dict().items() if name in before
+    )
+    assert model._default_epochs(400) == 10
+    train(model, None)
+    assert len(model.records) == 10
+    assert (model.predict() == cells.obs["truth"]).mean() > 0.95
+
+
+def test_labelled_cells_come_with_every_minibatch_in_whatever_epoch(cells):
+    model = build(cells)
+    epochs = model._training_epochs(
+        lambda positions, weights=None: Epochs(
+            model.atlas, model._codes, batch_size=16, positions=positions, weights=weights, num_workers=0
+        ),
+        np.arange(400),
+    )
+    assert isinstance(epochs, WithLabelled)
+    seen = []
+    for epoch in range(2):
+        minibatches = list(epochs(epoch))
+        assert sorted(np.concatenate([m.rows for m in minibatches])) == list(range(400))
+        assert all((m.labelled.labels < 3).all() for m in minibatches)
+        seen.append(np.concatenate([m.labelled.rows for m in minibatches]))
+        tail = list(epochs(epoch, 5))
+        for one, other in zip(minibatches[5:], tail, strict=True):
+            assert (one.rows == other.rows).all()
+            assert (one.labelled.rows == other.labelled.rows).all()
+    assert set(seen[0]) == set(np.flatnonzero(cells.obs["label"] != "Unknown"))
+    assert not np.array_equal(seen[0], seen[1])
+
+
+def test_labels_can_come_equally_often(cells):
+    rare = (cells.obs["label"] == "T") & (np.arange(400) > 60)
+    cells.obs.loc[rare, "label"] = "Unknown"
+    model = build(cells, balance_labels=True)
+    epochs = model._training_epochs(
+        lambda positions, weights=None: Epochs(
+            model.atlas, model._codes, batch_size=16, positions=positions, weights=weights, num_workers=0
+        ),
+        np.arange(400),
+    )
+    labels = np.concatenate([m.labelled.labels for epoch in range(20) for m in epochs(epoch)])
+    shares = np.bincount(labels, minlength=3) / len(labels)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.08)
+
+
+def test_a_store_is_trained_on_as_an_anndata_is(cells, tmp_path):
+    atlasvi.ingest(cells, tmp_path / "a.zarr")
+    with atlasvi.open(tmp_path / "a.zarr") as atlas:
+        model = train(build(atlas))
+        assert (model.predict() == cells.obs["truth"]).mean() > 0.95
+
+
+def test_what_cannot_be_is_refused(cells):
+    with pytest.raises(OptionError, match="labels_key="):
+        SCANVI.setup_anndata(cells)
+    for options, said in (
+        ({"dispersion": "gene-label"}, "gene-label"),
+        ({"classification_ratio": -1.0}, "classification_ratio"),
+        ({"linear_classifier": True, "classifier_n_layers": 2}, "linear classifier"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            build(cells, **options)
+    with pytest.raises(OptionError, match="balance_labels"):
+        train(build(cells), n_samples_per_label=10)
+    cells.obs["label"] = "Unknown"
+    with pytest.raises(ObsError, match="no level but 'Unknown'"):
+        build(cells)
+    cells.obs.iloc[:2, cells.obs.columns.get_loc("label")] = "T"
+    with pytest.raises(ObsError, match="at least 3"):
+        train(build(cells))
