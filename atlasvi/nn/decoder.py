@@ -135,7 +135,7 @@ class LinearDecoder(nn.Module):
         return F.linear(h, weight[genes], bias[genes])
 
     def scale_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(n_vars, n_latent + covariates)`` weight and ``(n_vars,)`` bias of the logits, the norm in them."""
+        """``(n_vars, n_latent + covariates)`` weight and ``(n_vars,)`` bias of the logits, norm included."""
         return self.scale.folded()
 
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:

@@ -49,7 +49,7 @@ def by_model(counts: sp.csr_matrix, epochs: int) -> NDArray[np.float32]:
     atlasvi.SCVI.setup_anndata(adata, gene_mask=None)
     model = atlasvi.SCVI(adata)
     plan = {"n_epochs_kl_warmup": epochs}
-    model.train(epochs, train_size=1.0, plan_kwargs=plan, enable_progress_bar=False)
+    model.train(epochs, train_size=1.0, plan_kwargs=plan, schedule="scvi-tools", enable_progress_bar=False)
     found: NDArray[np.float32] = model.denoised_counts(n_samples=10).compute()
     return found
 
