@@ -244,15 +244,20 @@ def train(
         int | None, typer.Option(help="Passes over the cells; default by their number.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default 0.001.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default by schedule.")] = None,
     kl_warmup_epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs over which the KL weight rises to 1; default 400, or the model's."),
+        typer.Option(help="Epochs over which the KL weight rises to 1; default by schedule."),
     ] = None,
     train_size: Annotated[float, typer.Option(help="Share of the cells to train on.")] = 0.9,
+    schedule: Annotated[
+        str | None, typer.Option(help="adaptive or scvi-tools; default adaptive, or the model's own.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bf16 for the large products.")] = "float32",
     early_stopping: Annotated[
-        bool, typer.Option("--early-stopping", help="Stop when validation stalls.")
-    ] = False,
+        bool | None,
+        typer.Option("--early-stopping/--all-epochs", help="Stop when validation stalls, or not."),
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     seed: Seed = 0,
     memory_budget: MemoryBudget = None,
@@ -305,7 +310,8 @@ def train(
     else:
         trained.train(
             max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
-            early_stopping=early_stopping,
+            early_stopping=early_stopping, precision=precision,
+            schedule="scvi-tools" if paper and schedule is None else schedule,
             plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
             checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
             memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
@@ -516,7 +522,7 @@ def de(
     Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
     """
     from atlasvi.errors import OptionError, StoreError
-    from atlasvi.models.scvi import SCVI
+    from atlasvi.models import load
 
     suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
     if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
@@ -526,7 +532,7 @@ def de(
             raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
         if path is not None and not path.absolute().parent.is_dir():
             raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
-    trained = SCVI.load(model, _open(atlases))
+    trained = load(model, _open(atlases))
     found = trained.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
         batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
@@ -567,7 +573,8 @@ def demo(
 
 # Options of `train` that a model fitted by passes over the cells has no use for.
 _OF_MINIBATCHES = (
-    "accelerator", "batch_size", "early_stopping", "lr", "kl_warmup_epochs", "checkpoint_every", "resume"
+    "accelerator", "batch_size", "schedule", "precision", "early_stopping", "lr", "kl_warmup_epochs",
+    "checkpoint_every", "resume",
 )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from atlasvi.train.history import CsvLog
 
 MARKERS_EACH = 3
 BATCH_SIZE = 256
-LEARNING_RATE = 4e-3
 
 
 def run(out: Path, *, n_obs: int = 50_000, n_vars: int = 2_000, max_epochs: int = 15, seed: int = 0) -> Path:
@@ -74,7 +73,6 @@ def make(out: Path, *, n_obs: int, n_vars: int, max_epochs: int, seed: int) -> R
         model.train(
             max_epochs,
             batch_size=BATCH_SIZE,
-            plan_kwargs={"lr": LEARNING_RATE, "n_epochs_kl_warmup": max(1, max_epochs // 2)},
             seed=seed,
             checkpoint=out / "model" / CHECKPOINT,
             on_epoch=CsvLog(out / "model" / LOG, append=False),

@@ -322,7 +322,7 @@ def volcano(
     else:
         tiny = np.finfo(np.float32).tiny
         x = np.log2((frame["scale1"].to_numpy() + tiny) / (frame["scale2"].to_numpy() + tiny))
-        y = frame["bayes_factor"].abs().to_numpy()
+        y = _resolved(frame["bayes_factor"].abs().to_numpy(), frame["proba_m1"].to_numpy())
     called = frame[next(column for column in frame if column.startswith("is_de_"))].to_numpy(bool)
     reach = max(float(np.abs(x).max()), 1e-6)
     frame_px = (58, 34, width - 20, height - 46)
@@ -337,7 +337,7 @@ def volcano(
     for code in (1, 2):
         best = np.flatnonzero(side == code)
         best = best[np.lexsort((-np.abs(x[best]), -y[best]))][:n_names]
-        parts.append(_gene_names(points[best], [str(frame.index[i]) for i in best], width, left=code == 2))
+        parts.append(_gene_names(points[best], [str(frame.index[i]) for i in best], frame_px, left=code == 2))
     what = comparison or (str(frame["comparison"].iloc[0]) if "comparison" in frame else "one vs two")
     text = escape(f"{what}: {int(called.sum()):,} of {len(frame):,} genes called")
     parts.append(f'<text class="strong" x="{frame_px[2]}" y="15" text-anchor="end">{text}</text>')
@@ -364,11 +364,7 @@ def marker_heat_map(found: pd.DataFrame, *, n_genes: int = 4) -> str:
     by = "proba_de" if "proba_de" in found else "bayes_factor"
     higher = found[found["scale1"] > found["scale2"]]
     groups = list(dict.fromkeys(found["group1"]))
-    genes = [
-        gene
-        for group in groups
-        for gene in higher[higher["group1"] == group].sort_values(by, ascending=False).index[:n_genes]
-    ]
+    genes = [gene for group in groups for gene in _ranked(higher[higher["group1"] == group], by)[:n_genes]]
     columns = list(dict.fromkeys(genes))
     table = np.stack([found.loc[found["group1"] == group, "scale1"].loc[columns] for group in groups])
     return heat_maps(
@@ -377,6 +373,20 @@ def marker_heat_map(found: pd.DataFrame, *, n_genes: int = 4) -> str:
         alt="Mean rho of the best genes in each group",
         titles="{column} in {row}: {value:.0%} of its highest mean rho",
     )  # fmt: skip
+
+
+def _resolved(evidence: NDArray[Any], p: NDArray[Any]) -> NDArray[Any]:
+    """Evidence in which all draws agree, a little above the rest: how far above only the bound on p says."""
+    agree = (p <= 0) | (p >= 1)
+    if agree.all() or not agree.any():
+        return evidence
+    return np.where(agree, 1.12 * evidence[~agree].max(), evidence)
+
+
+def _ranked(frame: pd.DataFrame, by: str) -> pd.Index:
+    """Genes by falling evidence, and by the ratio of mean rho where it is the same."""
+    ratio = np.log(frame["scale1"].to_numpy()) - np.log(frame["scale2"].to_numpy())
+    return frame.index[np.lexsort((-ratio, -frame[by].to_numpy()))]
 
 
 def _one_comparison(found: pd.DataFrame, comparison: str | None) -> pd.DataFrame:
@@ -390,18 +400,18 @@ def _one_comparison(found: pd.DataFrame, comparison: str | None) -> pd.DataFrame
     return found if comparison is None else found[found["comparison"] == comparison]
 
 
-def _gene_names(points: NDArray[Any], names: Sequence[str], width: int, *, left: bool) -> str:
-    """Names beside their points, moved apart downwards where they would touch."""
-    if not len(points):
-        return ""
-    heights = _spread([float(y) for y in points[:, 1]], 15.0)
-    parts = []
-    for (x, _), y, name in zip(points, heights, names, strict=True):
-        room = 7.4 * len(name) + 8
-        before = (left and x > room) or x + room > width
+def _gene_names(points: NDArray[Any], names: Sequence[str], frame: tuple[float, ...], *, left: bool) -> str:
+    """Names outside their points, from the top down, a line each where they would touch."""
+    parts, free = [], frame[1] + 4.0
+    for k in np.lexsort((points[:, 0] if left else -points[:, 0], points[:, 1])):
+        x, y = points[k]
+        free = max(free, float(y))
+        room = 7.8 * len(names[k]) + 8
+        before = x - room > frame[0] and (left or x + room > frame[2])
         place, anchor = (x - 7, "end") if before else (x + 7, "start")
-        at = f'x="{place:.1f}" y="{y + 4.5:.1f}" text-anchor="{anchor}"'
-        parts.append(f'<text class="name" {at}>{escape(name)}</text>')
+        at = f'x="{place:.1f}" y="{free + 4.5:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="name" {at}>{escape(names[k])}</text>')
+        free += 15.0
     return "".join(parts)
 
 

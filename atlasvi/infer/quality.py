@@ -76,8 +76,8 @@ def cell_quality(
 def beside_like_depth(error: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each cell's error is from the median of cells of its depth, in standard deviations.
 
-    Cells are sorted by their total and cut into stretches of 100 and more; median and median distance from
-    it (divided by 0.674, for a standard deviation) are taken of each, and interpolated by log total.
+    Cells are sorted by their total and cut into stretches of 100 and more. The median of each is taken, and
+    interpolated by log total; then the median distance from that, divided by 0.674 for a standard deviation.
 
     Args:
         error: ``(n,)`` nats.
@@ -91,9 +91,10 @@ def beside_like_depth(error: NDArray[np.float64], total: NDArray[np.float64]) ->
     stretches = np.array_split(np.argsort(depth, kind="stable"), n_depths)
     at = np.array([np.median(depth[cells]) for cells in stretches])
     centres = np.array([np.median(error[cells]) for cells in stretches])
-    spreads = np.array(
-        [np.median(np.abs(error[c] - centre)) for c, centre in zip(stretches, centres, strict=True)]
-    )
+    # Of what the trend leaves: within a stretch it may rise by more than cells differ.
     away = error - np.interp(depth, at, centres)
+    spreads = np.array([np.median(np.abs(away[cells])) for cells in stretches])
     spread = np.interp(depth, at, spreads / _MAD_OF_NORMAL)
-    return np.divide(away, spread, out=np.zeros_like(away), where=spread > 0)
+    score = np.zeros(len(error))
+    np.divide(away, spread, out=score, where=spread > 0)
+    return score

@@ -60,6 +60,7 @@ from atlasvi.models.data import (
     split_cells,
 )
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
+from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
@@ -72,6 +73,7 @@ from atlasvi.train.schedule import (
     PLANS,
     EarlyStopping,
     TrainingPlan,
+    adapted,
     default_epochs,
     steps_between_checks,
 )
@@ -281,6 +283,7 @@ class CountModel(Generic[Config, Module]):
         if max_epochs < 1 or batch_size < 3:
             raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
         device = choose_device(accelerator, devices)
+        ranks.join(device)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         terms = ("elbo", "reconstruction_loss", "kl_local")
@@ -294,6 +297,7 @@ class CountModel(Generic[Config, Module]):
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
+        plan = adapted(plan, len(training), batch_size)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
         if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
@@ -305,11 +309,12 @@ class CountModel(Generic[Config, Module]):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
         epochs = partial(
             Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget, rank=ranks.rank(), world_size=ranks.world_size(),
         )  # fmt: skip
         minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
-            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False, positions=held_out,
+            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False,
+            positions=held_out[ranks.rank() :: ranks.world_size()],
             num_workers=num_workers, memory_budget=memory_budget,
         )  # fmt: skip
 
@@ -329,15 +334,17 @@ class CountModel(Generic[Config, Module]):
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
         label = "train, counts kept in memory" if minibatches.keeps else "train"
-        with bar(label, max_epochs * len(training), "cells", enabled=enable_progress_bar) as advance:
+        shown = enable_progress_bar and ranks.rank() == 0
+        with bar(label, max_epochs * len(training), "cells", enabled=shown) as advance:
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
-                advance(epoch * len(training) + cells, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
+                done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
+                advance(done, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
 
             def after_epoch(record: EpochRecord) -> None:
                 # Kept as they come: a run that is interrupted in a notebook leaves a model to look at.
                 self.records.append(record)
-                if on_epoch is not None:
+                if on_epoch is not None and ranks.rank() == 0:
                     on_epoch(record)
 
             progress = fit(
@@ -1019,7 +1026,7 @@ class CountModel(Generic[Config, Module]):
         """
         import pandas as pd
 
-        self._must_be_trained()
+        self._must_decode()
         atlas, _ = self._data(adata)
         found = cell_quality(
             self.module, self._minibatches(adata, indices, batch_size), self._device,
@@ -1126,7 +1133,7 @@ class CountModel(Generic[Config, Module]):
             ['proba_m1', 'proba_m2', 'bayes_factor', 30]
         """
         refuse("differential_expression", unsupported)
-        self._must_be_trained()
+        self._must_decode()
         if weights not in (None, "uniform"):
             raise OptionError(f"weights={weights!r} is not supported; every cell of a group weighs the same")
         atlas, codes = self._data(adata)
@@ -1201,7 +1208,7 @@ class CountModel(Generic[Config, Module]):
             >>> len(found), int(found["n_called"].max())
             (2, 0)
         """
-        self._must_be_trained()
+        self._must_decode()
         atlas, codes = self._data(adata)
         chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)
         cells = cells_of(atlas, groupby, group, chosen)
@@ -1234,6 +1241,8 @@ class CountModel(Generic[Config, Module]):
             SpaceError: the disk is full; the folder stays what it was.
         """
         refuse("save", unsupported)
+        if ranks.rank():  # of several processes that have trained it, one writes it
+            return
         description = {
             "model": type(self).__name__,
             "config": asdict(self.config),  # type: ignore[call-overload]
@@ -1296,6 +1305,13 @@ class CountModel(Generic[Config, Module]):
     def _must_be_trained(self) -> None:
         if not self.is_trained:
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
+
+    def _must_decode(self) -> None:
+        self._must_be_trained()
+        if not isinstance(self.module, Encodes) or not isinstance(self.module, Decodes):
+            raise OptionError(
+                f"{type(self).__name__} has no expression of cells to ask for; SCVI and DCA have"
+            )
 
     def _must_encode(self) -> None:
         if not isinstance(self.module, Encodes):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
+from atlasvi.nn import ranks
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import Codes, from_uns
@@ -84,10 +85,12 @@ def split_cells(
 
 def gene_shares(minibatches: Iterable[Minibatch], n_vars: int) -> torch.Tensor:
     """``(G,)`` float32, the genes' shares of all counts, half a count added to each so that none is 0."""
-    totals = torch.full((n_vars,), 0.5, dtype=torch.float64)
+    totals = torch.zeros(n_vars, dtype=torch.float64)
     for minibatch in minibatches:
         counts = minibatch.counts
         totals.index_add_(0, counts.indices.long().cpu(), counts.data.double().cpu())
+    ranks.sum_in_place([totals])
+    totals += 0.5
     return (totals / totals.sum()).float()
 
 

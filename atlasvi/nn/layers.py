@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from atlasvi_kernels import CSR, csr_linear
 from torch import nn
 
+from atlasvi.nn.ranks import BatchNorm
 from atlasvi.types import Noise
 
 
@@ -176,7 +177,7 @@ class MLP(nn.Module):
                 )
             )
             if batch_norm:
-                self.batch_norms.append(nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001))
+                self.batch_norms.append(BatchNorm(n_hidden, momentum=0.01, eps=0.001))
 
     def forward(
         self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | NoiseByLabel | None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from atlasvi.errors import TrainingError
+from atlasvi.nn import ranks
 from atlasvi.train.average import Averaged, floating_state, set_state
 from atlasvi.train.checkpoint import Progress, claim, load_checkpoint, save_checkpoint
 from atlasvi.train.history import Check, EpochRecord, TermSums
@@ -110,7 +111,7 @@ class Run:
         if self.device.type == "cpu" or at.step % _STEPS_UNSEEN == 0:
             self.loss_must_be_finite(terms.total, minibatch)
         self.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
+        self.backward(terms.total, len(minibatch))
         self.optimizer.step()
         at.step += 1
         at.minibatch += 1
@@ -118,6 +119,20 @@ class Run:
         if self.average is not None:
             self.average.update(at.step)
         return terms
+
+    def backward(self, loss: torch.Tensor, n_obs: int) -> None:
+        """Gradients of the mean over the cells of all processes; ``loss`` is over those of this one."""
+        if ranks.world_size() > 1:
+            n = torch.tensor(float(n_obs), device=self.device)
+            ranks.sum_in_place([n])
+            # Of no cells the mean is no number, and it has no gradient.
+            loss = loss.nan_to_num(0.0) if n_obs == 0 else loss * (n_obs / n)
+        loss.backward()
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if ranks.world_size() > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
 
     def check(self, validation: Iterator[Minibatch]) -> Check:
         """Look at the cells kept apart, with the weights that would be kept now."""
@@ -150,11 +165,14 @@ class Run:
         self.module.eval()
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, of several processes once."""
         assert self.checkpoints is not None
+        sums = TermSums(self.progress.sums.values.tolist()).over_all_ranks()
+        if ranks.rank():
+            return
         save_checkpoint(
             self.checkpoints.path, self.module, self.optimizer, self.scheduler,
-            replace(self.progress, earlier=self.elapsed),
+            replace(self.progress, earlier=self.elapsed, sums=sums),
             {} if self.average is None else self.average.values, self.best, self.checkpoints.run,
         )  # fmt: skip
 
@@ -166,10 +184,12 @@ class Run:
         )
         if self.average is not None:
             self.average.values = average
+        if ranks.rank():  # the sums so far are of all processes: one of them goes on from there
+            self.progress.sums = TermSums()
 
     def loss_must_be_finite(self, loss: torch.Tensor, minibatch: Minibatch) -> None:
         """Raise `TrainingError`, which names step, cells and the last checkpoint, if it is not."""
-        if not bool(torch.isfinite(loss)):
+        if len(minibatch) and not bool(torch.isfinite(loss)):
             raise self.error(f"loss became {loss.item()}", self.progress.step, minibatch)
 
     def weights_must_be_finite(self, minibatch: Minibatch) -> None:
@@ -232,8 +252,9 @@ def fit(
     assert isinstance(module, Trains)
     listeners = listeners or Listeners()
     module.to(device)
-    if checkpoints is not None:
+    if checkpoints is not None and ranks.rank() == 0:
         claim(checkpoints.path, resume=checkpoints.resume)
+    ranks.wait_for_all()
     run = Run(module, plan, seed, device, checkpoints)
     if checkpoints is not None and checkpoints.resume:
         run.load()
@@ -253,11 +274,10 @@ def fit(
     def is_over() -> bool:
         return early_stopping is not None and early_stopping.says_stop(*at.monitored(early_stopping.monitor))
 
-    def save_if_due(now: bool) -> None:
+    def save() -> None:
         nonlocal written
-        if checkpoints is not None and now:
-            run.save()
-            written = time.perf_counter()
+        run.save()
+        written = time.perf_counter()
 
     while at.epoch < max_epochs and not is_over():
         started = time.perf_counter()
@@ -272,11 +292,13 @@ def fit(
                 look()
                 if is_over():
                     break
-            if checkpoints is not None and 0 < checkpoints.every_seconds < time.perf_counter() - written:
-                run.weights_must_be_finite(last)
-                at.seconds += time.perf_counter() - started
-                started = time.perf_counter()
-                save_if_due(now=True)
+            # Several processes ask the first one, which takes a message.
+            if checkpoints is not None and (ranks.world_size() == 1 or at.step % _STEPS_UNSEEN == 0):
+                if ranks.agreed(0 < checkpoints.every_seconds < time.perf_counter() - written):
+                    run.weights_must_be_finite(last)
+                    at.seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    save()
         if last is not None:
             run.weights_must_be_finite(last)
         at.seconds += time.perf_counter() - started
@@ -284,6 +306,7 @@ def fit(
         is_due = (at.epoch + 1) % validate_every == 0
         if validation is not None and (is_due or is_last) and not at.has_looked:
             look()
+        at.sums = at.sums.over_all_ranks()
         record = at.close_epoch(plan, run.optimizer.param_groups[0]["lr"])
         metric = getattr(record, plan.lr_scheduler_metric)
         if run.scheduler is not None and metric is not None:
@@ -292,7 +315,8 @@ def fit(
         if listeners.epoch is not None:
             listeners.epoch(record)
         if checkpoints is not None:
-            save_if_due(now=is_last or time.perf_counter() - written >= checkpoints.every_seconds)
+            if ranks.agreed(is_last or time.perf_counter() - written >= checkpoints.every_seconds):
+                save()
     run.finish()
     return at
 
@@ -311,4 +335,4 @@ def evaluate(
     for minibatch in minibatches:
         minibatch = minibatch.to(device)
         sums.add(module.loss(minibatch, Noise(seed + VALIDATION_SEED, 0, minibatch.rows), StepWeights()))
-    return sums
+    return sums.over_all_ranks()

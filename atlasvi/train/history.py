@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from atlasvi.nn import ranks
 from atlasvi.types import LossTerms
 
 
@@ -69,6 +70,8 @@ class TermSums:
         """Add a minibatch. Nothing waits for its device."""
         n = len(terms.reconstruction)
         kl = terms.kl_z + terms.kl_library
+        if n == 0:  # the part of a process that has none of a minibatch
+            return
         added = torch.stack(
             [
                 terms.total.detach().double().new_tensor(n),
@@ -79,6 +82,12 @@ class TermSums:
             ]
         )
         self.values = self.values.to(added.device) + added
+
+    def over_all_ranks(self) -> TermSums:
+        """The sums of all processes together."""
+        self.values = self.values.clone()
+        ranks.sum_in_place([self.values])
+        return self
 
     @property
     def n(self) -> int:

@@ -141,8 +141,8 @@ class TrainingPlan:
 # By name, as `train` takes them. What the numbers of the first come from is in docs/training.md.
 PLANS = {
     "adaptive": TrainingPlan(
-        lr=0.03, eps=0.01, n_steps_lr_warmup=40, n_epochs_kl_warmup=None, n_steps_kl_warmup=100,
-        averaging=0.97, n_steps_per_check=25, start_at_means=True, patience=8, batch_norm_momentum=0.1,
+        lr=0.03, eps=0.01, n_steps_lr_warmup=40, n_epochs_kl_warmup=None, averaging=0.97,
+        n_steps_per_check=25, start_at_means=True, patience=8, batch_norm_momentum=0.1,
     ),
     "scvi-tools": TrainingPlan(),
 }  # fmt: skip
@@ -172,6 +172,17 @@ class EarlyStopping:
             if value < best - self.min_delta:
                 best, best_at = value, now
         return bool(values) and now - best_at >= self.patience
+
+
+def adapted(plan: TrainingPlan, n_obs: int, batch_size: int) -> TrainingPlan:
+    """The plan with a KL warm-up of four epochs, 200 to 1,000 steps, where it watches and has none itself.
+
+    Without one, dimensions of the latent are given up before they are used, and cell types with them; a
+    longer one than a small data set takes to be learnt costs held-out ELBO.
+    """
+    if plan.n_steps_per_check is None or plan.n_epochs_kl_warmup or plan.n_steps_kl_warmup:
+        return plan
+    return replace(plan, n_steps_kl_warmup=min(1_000, max(200, 4 * n_obs // batch_size)))
 
 
 def steps_between_checks(plan: TrainingPlan, n_validation: int, batch_size: int) -> int | None:

@@ -66,10 +66,10 @@ def test_cells_whose_genes_are_exchanged_stand_out_at_any_depth(model):
 
 def test_a_known_trend_and_spread_are_taken_out():
     rng = np.random.default_rng(0)
-    total = rng.integers(100, 10_000, 8_000).astype(float)
+    total = np.exp(rng.uniform(np.log(100), np.log(10_000), 8_000))
     noise = rng.normal(size=8_000)
     score = beside_like_depth(3 * total**0.9 + total**0.5 * noise, total)
-    assert np.corrcoef(score, noise)[0, 1] > 0.98
+    assert np.corrcoef(score, noise)[0, 1] > 0.97
     assert 0.9 < score.std() < 1.15
 
 

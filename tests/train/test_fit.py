@@ -241,6 +241,88 @@ def test_a_kill_between_the_two_renames_loses_no_checkpoint(make, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+class KilledAmid(Exception):
+    """Stands for a kill amid an epoch."""
+
+
+def test_a_run_that_was_killed_amid_an_epoch_goes_on_from_there(make, tmp_path, monkeypatch):
+    whole = train(make())
+    model = make()
+    steps = []
+
+    def die_at_step_8(gradient):
+        steps.append(1)
+        if len(steps) == 8:
+            raise KilledAmid
+        return gradient
+
+    model.module.decoder.scale.bias.register_hook(die_at_step_8)
+    # So short that there is a checkpoint after every step: 5 steps an epoch, so 7 is amid the second.
+    checkpoint = {"checkpoint": tmp_path / "run", "checkpoint_every_seconds": 1e-9}
+    with pytest.raises(KilledAmid):
+        train(model, **checkpoint)
+    state = json.loads((tmp_path / "run" / "state.json").read_text())["progress"]
+    assert (state["epoch"], state["minibatch"], state["step"]) == (1, 2, 7)
+    resumed = train(make(), **checkpoint, resume=True)
+    assert_same(whole, resumed)
+    assert_same_history(whole, resumed)
+
+
+def test_the_weights_kept_are_those_of_the_best_look(make):
+    model = make()
+    values = {}
+
+    def keep(record):
+        values[record.epoch] = record.elbo_validation
+
+    # A rate at which it soon gets worse again.
+    train(model, 80, plan_kwargs={"lr": 0.3, "patience": 1}, on_epoch=keep)
+    assert len(values) < 80
+    again = np.mean([-model.get_elbo(indices=model.validation_indices, seed=s) for s in range(5)])
+    best = model.validation_history["elbo_validation"].min()
+    assert again == pytest.approx(best, rel=0.02)
+
+
+def test_the_average_is_of_the_weights_of_the_steps(make):
+    from atlasvi.train.average import EVERY, Averaged
+
+    module = make().module
+    bias = module.decoder.scale.bias
+    average = Averaged(module, decay=0.9)
+    expected = bias.detach().clone()
+    for step in range(1, 4 * EVERY + 1):
+        with torch.no_grad():
+            bias.fill_(float(step))
+        average.update(step)
+        if step % EVERY == 0:
+            decay = min(0.9, (1 + step) / (10 + step)) ** EVERY
+            expected = decay * expected + (1 - decay) * step
+    torch.testing.assert_close(average.values["decoder.scale.bias"], expected)
+    with average.applied():
+        torch.testing.assert_close(bias.detach(), expected)
+    assert bool((bias == 4 * EVERY).all())
+
+
+def test_the_decoder_starts_at_the_genes_shares(make, adata):
+    from atlasvi.models.data import gene_shares
+
+    model = make()
+    shares = gene_shares(model._minibatches(None, None, None), model.fields.n_vars)
+    totals = np.asarray(adata.X.sum(0)).ravel() + 0.5
+    np.testing.assert_allclose(shares, totals / totals.sum(), rtol=1e-5)
+    model.module.start_at(shares)
+    np.testing.assert_allclose(model.module.decoder.scale.bias.detach().exp(), shares, rtol=1e-5)
+
+
+def test_bfloat16_products_change_weights_a_little_and_the_elbo_hardly(make):
+    whole, narrow = train(make()), train(make(), precision="bf16")
+    assert not torch.equal(*(weights(m)["decoder.scale.weight"] for m in (whole, narrow)))
+    values = [m.validation_history["elbo_validation"].iloc[-1] for m in (whole, narrow)]
+    assert values[0] == pytest.approx(values[1], rel=5e-3)
+    with pytest.raises(OptionError, match="precision"):
+        train(make(), precision="int4")
+
+
 # --- what is not finite -------------------------------------------------------------------------
 
 

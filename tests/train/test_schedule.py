@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from atlasvi.errors import OptionError
-from atlasvi.train.schedule import EarlyStopping, TrainingPlan, default_epochs
+from atlasvi.train.schedule import (
+    PLANS,
+    EarlyStopping,
+    TrainingPlan,
+    adapted,
+    default_epochs,
+    steps_between_checks,
+)
 
 
 def test_the_kl_weight_rises_by_epochs_from_its_least_to_its_most():
@@ -93,3 +100,36 @@ def test_early_stopping_counts_epochs_without_gain(values, stops):
 @pytest.mark.parametrize(("n_obs", "epochs"), [(10, 400), (20_000, 400), (40_000, 200), (10**8, 1)])
 def test_the_number_of_epochs_is_scvi_tools_rule(n_obs, epochs):
     assert default_epochs(n_obs) == epochs
+
+
+@pytest.mark.parametrize(("n_obs", "steps"), [(1_000, 200), (12_800, 400), (10**6, 1_000)])
+def test_the_adaptive_warm_up_is_of_four_epochs_within_bounds(n_obs, steps):
+    plan = adapted(PLANS["adaptive"], n_obs, batch_size=128)
+    assert plan.n_steps_kl_warmup == steps
+    assert plan.kl_weight(0, steps // 2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("given", [{"n_steps_kl_warmup": 7}, {"n_epochs_kl_warmup": 7}])
+def test_a_warm_up_that_was_asked_for_stays(given):
+    plan = PLANS["adaptive"].with_options(given)
+    assert adapted(plan, 1_000, 128) is plan
+    assert adapted(PLANS["scvi-tools"], 1_000, 128) is PLANS["scvi-tools"]
+
+
+def test_looks_are_rarer_where_more_cells_are_looked_at():
+    plan = TrainingPlan(n_steps_per_check=25)
+    assert steps_between_checks(plan, 100, 128) == 25
+    assert steps_between_checks(plan, 4_096, 128) == 128
+    assert steps_between_checks(plan, 0, 128) is None
+    assert steps_between_checks(TrainingPlan(), 100, 128) is None
+
+
+def test_the_rate_rises_to_its_value():
+    plan = TrainingPlan(lr=0.4, n_steps_lr_warmup=4)
+    assert [plan.lr_at(step) for step in (0, 1, 3, 9)] == pytest.approx([0.1, 0.2, 0.4, 0.4])
+
+
+def test_patience_in_steps_counts_steps():
+    stopping = EarlyStopping(patience=50, in_steps=True)
+    assert not stopping.says_stop([2.0, 3.0], [25, 74])
+    assert stopping.says_stop([2.0, 3.0], [25, 75])

@@ -1,0 +1,89 @@
+"""Sums over the processes that train one model together (``torchrun``); of one process, nothing happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from atlasvi.errors import OptionError
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes that ``torchrun`` started, if it did and they have not met yet.
+
+    Raises:
+        OptionError: torch was built without them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or (dist.is_available() and dist.is_initialized()):
+        return
+    if not dist.is_available():
+        raise OptionError("WORLD_SIZE is above 1 but this torch has no torch.distributed; run one process")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this one, from 0, which is the one that writes."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def summed(value: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, differentiable: the gradient is summed over processes likewise."""
+    if world_size() == 1:
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    total: torch.Tensor = all_reduce(value)
+    return total
+
+
+def sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over processes, all in one message."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def agreed(flag: bool) -> bool:
+    """What the first process thinks."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag and rank() == 0))
+    sum_in_place([value])
+    return bool(value)
+
+
+class BatchNorm(torch.nn.BatchNorm1d):
+    """Batch norm over the cells of all processes (torch's own for several processes has no CPU path)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, n)``; of one process, or outside of training, torch's."""
+        if not self.training or world_size() == 1:
+            found: torch.Tensor = super().forward(x)
+            return found
+        n = summed(x.new_tensor(float(len(x))))
+        mean = summed(x.sum(0)) / n
+        variance = summed((x - mean).square().sum(0)) / n
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.momentum is not None and self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
