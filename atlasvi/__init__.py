@@ -19,6 +19,7 @@ _use_one_heap()
 if TYPE_CHECKING:
     from atlasvi.errors import AtlasviError
     from atlasvi.models.actinn import ACTINN
+    from atlasvi.models.compact import open_compact, publish
     from atlasvi.models.dca import DCA
     from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
     from atlasvi.models.gmvae import GMVAE
@@ -48,6 +49,8 @@ __all__ = [
     "Simulation",
     "ingest",
     "open",
+    "open_compact",
+    "publish",
 ]
 
 _WHERE = {
@@ -66,6 +69,8 @@ _WHERE = {
     "Simulation": "atlasvi.simulate",
     "ingest": "atlasvi.store.ingest",
     "open": "atlasvi.store.atlas",
+    "open_compact": "atlasvi.models.compact",
+    "publish": "atlasvi.models.compact",
 }
 
 

@@ -389,6 +389,105 @@ def decode(
 
 
 @app.command()
+def impute(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
+    out: Out,
+    genes: Annotated[
+        list[str] | None, typer.Option("-g", "--gene", help="A gene; repeat for more; default all.")
+    ] = None,
+    transform_batch: Annotated[
+        list[str] | None, typer.Option(help="Impute as if in this batch; several are averaged.")
+    ] = None,
+    technical_zeros: Annotated[
+        bool,
+        typer.Option("--technical-zeros", help="Add a layer: the probability that a zero is technical."),
+    ] = False,
+    n_samples: Annotated[int, typer.Option(help="Draws of z averaged over.")] = 1,
+    seed: Seed = 0,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for chunks in work, such as 500MB.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write imputed counts, chunk by chunk, as an AnnData Zarr store: to look at, not to test on.
+
+    Example: atlasvi impute model atlas.zarr -o imputed.zarr -g CD3E --technical-zeros
+    """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.write import write_expression
+    from atlasvi.models import load
+    from atlasvi.progress import bar
+
+    if out.resolve() in (Path(atlas).resolve(), model.resolve()):
+        raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
+    trained = load(model, atlas)
+    how: Any = {"genes": genes, "n_samples": n_samples, "seed": seed, "memory_budget": memory_budget}
+    counts = trained.denoised_counts(transform_batch=transform_batch, **how)
+    layers = {}
+    if technical_zeros:
+        layers["technical_zero"] = trained.technical_zeros(transform_batch=transform_batch, **how)
+    with bar("impute", counts.shape[0], "cells") as advance:
+        names = list(genes or trained.fields.var_names)
+        write_expression(
+            counts, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance, layers=layers
+        )
+    typer.echo(f"imputed counts: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes -> {out}")
+
+
+@app.command()
+def publish(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlases: Atlases,
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="Of the latents: float16 or float32.")] = "float16",
+    obs: Annotated[
+        list[str] | None, typer.Option(help="A column of obs to publish; repeat for more; default all.")
+    ] = None,
+    transform_batch: Annotated[
+        list[str] | None, typer.Option(help="A batch to keep normalisers of, besides each cell's own.")
+    ] = None,
+    n_samples: Annotated[int, typer.Option(help="Posterior samples to keep normalisers of.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write all that is needed to decode an atlas, and not its counts, to one folder.
+
+    Example: atlasvi publish model atlas.zarr -o my.atlasvi
+    """
+    from atlasvi.models import load
+    from atlasvi.models.compact import publish as run
+
+    trained = load(model, _open(atlases))
+    run(
+        trained, None, out, dtype=dtype, obs=obs, transform_batch=transform_batch or (), n_samples=n_samples,
+        overwrite=overwrite,
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    typer.echo(
+        f"{trained.atlas.n_obs:,} cells x {trained.fields.n_vars:,} genes in {size / 2**20:,.1f} MiB -> {out}"
+    )
+
+
+@app.command()
+def serve(
+    published: Annotated[Path, typer.Argument(help="What atlasvi publish wrote.")],
+    port: Annotated[int, typer.Option(help="Port of this machine; 0: any that is free.")] = 8000,
+    at_once: Annotated[int, typer.Option(help="Requests answered at a time; others are told to wait.")] = 8,
+) -> None:
+    """Offer a published atlas to Zarr clients on this machine, read-only, until Ctrl-C.
+
+    Example: atlasvi serve my.atlasvi --port 8000
+    """
+    from atlasvi.models.compact import open_compact
+    from atlasvi.serve import RhoServer
+
+    server = RhoServer(open_compact(published).store, port, at_once=at_once)
+    typer.echo(f"{published} at {server.url} (layers/rho); Ctrl-C ends it")
+    with server:
+        server.serve_forever()
+
+
+@app.command()
 def de(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
     atlases: Atlases,

@@ -202,6 +202,21 @@ class LossTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class CountParameters:
+    """The count distribution of some genes in B cells, given their latents.
+
+    Args:
+        mu: ``(B, k)`` float32, mean before dropout.
+        theta: ``(k,)`` or ``(B, k)`` float32, inverse dispersion, or ``None`` where there is none.
+        pi_logits: ``(B, k)`` float32, logit of the probability of dropout, or ``None``.
+    """
+
+    mu: torch.Tensor
+    theta: torch.Tensor | None
+    pi_logits: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class StepWeights:
     """What the schedule says of one step.
 
@@ -257,6 +272,49 @@ class Decodes(Protocol):
 
 
 @runtime_checkable
+class DecodesLinearly(Protocol):
+    """A module whose rho is a softmax of a linear layer: decoded faster, and its normaliser can be kept."""
+
+    def hidden(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+        """``(B, H)`` hidden units, what that layer takes."""
+        ...
+
+    def softmax_head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Its ``(G, H)`` weight and ``(G,)`` bias; ``None`` where rho is no softmax after all."""
+        ...
+
+
+@runtime_checkable
+class InfersLibrary(Protocol):
+    """A module that may infer the library size."""
+
+    library_is_latent: bool
+
+    def encode_library(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
+        """q(log l | x), where `library_is_latent`."""
+        ...
+
+
+@runtime_checkable
+class GeneratesCounts(Protocol):
+    """A module that `infer.sample` can draw counts from."""
+
+    def count_parameters(
+        self,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        minibatch: Minibatch,
+        genes: torch.Tensor | None = None,
+    ) -> CountParameters:
+        """Of some genes, or of all; ``library`` is ``(B,)``."""
+        ...
+
+    def log_likelihood(self, z: torch.Tensor, library: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+        """``(B,)`` log p(x | z, l) in nats."""
+        ...
+
+
+@runtime_checkable
 class Classifies(Protocol):
     """A module that `infer.classify` can ask for labels."""
 
@@ -268,9 +326,13 @@ class Classifies(Protocol):
 __all__ = [
     "CSR",
     "Classifies",
+    "CountParameters",
     "Decodes",
+    "DecodesLinearly",
     "Encodes",
     "FieldMap",
+    "GeneratesCounts",
+    "InfersLibrary",
     "LossTerms",
     "Minibatch",
     "Noise",

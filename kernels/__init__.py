@@ -23,17 +23,24 @@ if "torch" not in sys.modules:
 from .count_ll import Entries, count_log_likelihood, count_log_likelihood_entries
 from .csr import CSR
 from .csr_linear import csr_linear
+from .draws import binomial_quantile, counter_counts, counter_gamma, counter_pairs
 from .linear_count_ll import linear_count_log_likelihood
 from .noise import counter_normal, counter_uniform
 from .pool import RowPool
+from .softmax_linear import SoftmaxLinear
 
 __all__ = [
     "CSR",
     "Entries",
     "RowPool",
+    "SoftmaxLinear",
+    "binomial_quantile",
     "count_log_likelihood",
     "count_log_likelihood_entries",
+    "counter_counts",
+    "counter_gamma",
     "counter_normal",
+    "counter_pairs",
     "counter_uniform",
     "csr_linear",
     "linear_count_log_likelihood",

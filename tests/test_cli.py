@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from urllib.request import urlopen
 
 import anndata
 import numpy as np
@@ -18,7 +20,8 @@ from safetensors.torch import load_file
 from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
 
-COMMANDS = ["ingest", "info", "train", "latent", "decode", "convert", "demo"]
+COMMANDS = ["ingest", "info", "train", "latent", "decode", "impute", "publish", "serve", "de", "convert"]
+COMMANDS += ["demo"]
 # One thread: small tensors gain nothing from more, and processes of tests share the machine.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 SMALL = ["--n-hidden", "16", "--n-latent", "3", "--batch-size", "64", "--gene-mask", "none"]
@@ -258,6 +261,64 @@ def test_a_batch_column_that_is_not_there_is_answered_with_its_neighbour(made, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """The command by its own function, as `error_of`."""
+
+    def run(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+
+    return run
+
+
+def test_imputed_counts_and_technical_zeros_are_those_of_the_model(made, run_here, tmp_path):
+    folder, _ = made
+    out = tmp_path / "imputed.zarr"
+    genes = ["gene-5", "gene-2"]
+    run_here(
+        "impute",
+        "model",
+        "atlas.zarr",
+        "-o",
+        out,
+        "-g",
+        genes[0],
+        "-g",
+        genes[1],
+        "--technical-zeros",
+        cwd=folder,
+    )
+    back = anndata.read_zarr(out)
+    model = SCVI.load(folder / "model", folder / "atlas.zarr")
+    np.testing.assert_allclose(back.X, model.denoised_counts(genes=genes).compute(), rtol=2e-5)
+    zeros = model.technical_zeros(genes=genes).compute()
+    np.testing.assert_allclose(back.layers["technical_zero"], zeros, rtol=2e-5)
+    assert back.var_names.tolist() == genes
+
+
+def test_what_is_published_is_served(made, run_here, tmp_path):
+    folder, _ = made
+    run_here("publish", "model", "atlas.zarr", "-o", tmp_path / "my.atlasvi", cwd=folder)
+    process = subprocess.Popen(
+        command("serve", tmp_path / "my.atlasvi", "--port", "0"), env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        with urlopen(f"{url}/layers/rho/zarr.json") as answer:
+            described = json.loads(answer.read())
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert described["data_type"] == "float32"
+    assert process.returncode == 130, said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -284,6 +345,11 @@ def test_what_is_there_is_not_written_over(arguments, words, made, error_of):
         (["decode", "model", "atlas.zarr", "-o", "new.zarr", "--transform-batch", "b3"], "b1, b2"),
         (["decode", "model", "atlas.zarr", "-o", "new.zarr", "--library-size", "much"], "'much'"),
         (["decode", "atlas.zarr", "atlas.zarr", "-o", "new.zarr"], "not a model folder"),
+        (["impute", "model", "atlas.zarr", "-o", "new.zarr", "-g", "gene5"], "'gene5'; near it: gene-5"),
+        (["impute", "model", "atlas.zarr", "-o", "atlas.zarr"], "read from"),
+        (["publish", "model", "atlas.zarr", "-o", "new.atlasvi", "--obs", "nothing"], "'nothing'"),
+        (["publish", "model", "atlas.zarr", "-o", "atlas.zarr", "--overwrite"], "no published atlas"),
+        (["serve", "atlas.zarr"], "no published atlas"),
         (["latent", "model", "model"], "not an atlas"),
         (["latent", "model", "atlas.zarr", "-o", "nothing.h5ad"], "nothing.h5ad"),
         (["info", "nothing"], "'nothing'"),

@@ -22,8 +22,8 @@ ORDER = [
     ["infer"],
     ["de"],
     ["models"],
-    ["metrics", "simulate", "plots"],
-    ["report"],
+    ["metrics", "simulate", "plots", "imputation"],
+    ["report", "serve"],
     ["demo"],
     ["cli"],
 ]

@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from atlasvi_kernels import SoftmaxLinear
 from numpy.typing import NDArray
 
-from atlasvi.types import Decodes, Encodes, Minibatch, Noise
+from atlasvi.errors import OptionError
+from atlasvi.infer.encoded import EncodedBlock, Source
+from atlasvi.memory import as_bytes
+from atlasvi.stream import default_workers
+from atlasvi.types import DecodesLinearly, Minibatch
 
 if TYPE_CHECKING:
     import dask.array as da
 
-# Noise stream of the latent draw; models use the same for theirs, at training steps of another seed.
-_Z = 0
 # A chunk is made piece by piece, for a piece needs its logits for all genes several times over.
 CHUNK_BYTES = 16 << 20
 PIECE_BYTES = 4 << 20
+# Cells of a chunk at most where latents are stored, and cells read and encoded at once where they are not.
+_STORED_ROWS, _READ_ROWS = 16_384, 512
 
 
 @dataclass(frozen=True)
@@ -30,100 +35,245 @@ class Request:
         genes: ``(k,)`` int64, the model's genes wanted, or ``None`` for all.
         batches: codes of the batches to decode under, averaged; empty for each cell's own.
         library_size: rho is multiplied by it; ``None`` for each cell's own library size.
-        n_samples: draws of z averaged over.
+        n_samples: draws of z.
+        first_sample: number of the first of them.
         seed: of those draws.
+        return_mean: average over draws, or give each.
+        precision: of the product with the last layer, ``"float32"`` or ``"bfloat16"``.
     """
 
-    genes: torch.Tensor | None
-    batches: tuple[int, ...]
-    library_size: float | None
-    n_samples: int
-    seed: int
+    genes: torch.Tensor | None = None
+    batches: tuple[int, ...] = ()
+    library_size: float | None = 1.0
+    n_samples: int = 1
+    first_sample: int = 0
+    seed: int = 0
+    return_mean: bool = True
+    precision: str = "float32"
 
 
-@torch.no_grad()
-def decode(module: torch.nn.Module, minibatch: Minibatch, request: Request) -> NDArray[np.float32]:
-    """``(B, k)`` rho of some cells, averaged over draws of z and over batches.
+# Of a block of cells, into ``(B, k)`` or ``(n_layers, B, k)``; called from any thread.
+Answer = Callable[[EncodedBlock, NDArray[np.float32]], None]
 
-    A draw depends on (seed, sample, cell) alone: however the cells are cut, they get the same.
+
+class Decoding:
+    """A request made ready for a module: weights are laid out once, then block after block is decoded.
+
+    Args:
+        module: satisfies `types.Decodes`; its last layer is used directly if it `types.DecodesLinearly`.
+        request: what is asked.
+        source: whose blocks will come; may keep normalisers.
+        n_vars: genes of the model.
     """
-    assert isinstance(module, Encodes)
-    qz = module.encode(minibatch)
-    decoder: Any = module
-    assert isinstance(decoder, Decodes)
-    variants = [minibatch]
-    if request.batches:
-        variants = [
-            replace(minibatch, batch_index=torch.full_like(minibatch.batch_index, code))
-            for code in request.batches
-        ]
-    total: torch.Tensor | None = None
-    for sample in range(request.n_samples):
-        z = qz.rsample(Noise(request.seed, sample, minibatch.rows).normal(qz.loc.shape[1], _Z))
-        for variant in variants:
-            rho = decoder.decode_log_rho(z, variant, request.genes).exp_()
-            total = rho if total is None else total.add_(rho)
-    assert total is not None
-    total /= request.n_samples * len(variants)
-    if request.library_size is None:
-        total *= decoder.library(minibatch)[0].unsqueeze(1)
-    elif request.library_size != 1:
-        total *= request.library_size
-    return total.cpu().numpy()
+
+    def __init__(self, module: torch.nn.Module, request: Request, source: Source, n_vars: int) -> None:
+        self._module: Any = module
+        self._request, self._source = request, source
+        self.n_out = n_vars if request.genes is None else len(request.genes)
+        weights = module.softmax_head() if isinstance(module, DecodesLinearly) else None
+        if weights is None and request.precision != "float32":
+            raise OptionError(
+                f"precision={request.precision!r} is for models whose expression is a softmax; use 'float32'"
+            )
+        self._head = (
+            None if weights is None else SoftmaxLinear(*weights, request.genes, precision=request.precision)
+        )
+
+    @torch.no_grad()
+    def __call__(self, block: EncodedBlock, out: NDArray[np.float32]) -> None:
+        """Write ``(B, k)`` of some cells, or ``(n_samples, B, k)``.
+
+        A draw depends on (seed, sample, cell) alone: however the cells are cut, they get the same.
+        """
+        request = self._request
+        codes: Sequence[int | None] = request.batches or (None,)
+        variants = [(code, in_batch(block.cells, code)) for code in codes]
+        n_kept = 1 if request.return_mean else request.n_samples
+        n_averaged = len(codes) * request.n_samples // n_kept
+        layers = out[None] if request.return_mean else out
+        for k in range(request.n_samples):
+            sample = request.first_sample + k
+            z = block.draw(request.seed, sample)
+            factor = self._factor(block, sample) / n_averaged
+            for i, (code, cells) in enumerate(variants):
+                add = i > 0 or k >= n_kept
+                self._into(layers[k % n_kept], block, z, cells, factor, (request.seed, sample, code), add)
+
+    def _factor(self, block: EncodedBlock, sample: int) -> torch.Tensor:
+        size = self._request.library_size
+        if size is None:
+            return block.draw_library(self._request.seed, sample)
+        return torch.full_like(block.library, size)
+
+    def _into(
+        self,
+        out: NDArray[np.float32],
+        block: EncodedBlock,
+        z: torch.Tensor,
+        cells: Minibatch,
+        factor: torch.Tensor,
+        draw: tuple[int, int, int | None],
+        add: bool,
+    ) -> None:
+        if self._head is None:
+            share = self._module.decode_log_rho(z, cells, self._request.genes).exp_()
+            share = share.mul_(factor.unsqueeze(1)).cpu().numpy()
+            out[:] = out + share if add else share
+            return
+        h = self._module.hidden(z, cells)
+        known = self._source.log_normaliser((*draw, self._request.precision))
+        normaliser = None
+        if known is not None and self._request.genes is not None:
+            normaliser = self._known(known, block.positions, h)
+        self._head.into(out, h, factor=factor, log_normaliser=normaliser, add=add)
+
+    def _known(
+        self, kept: NDArray[np.float32], positions: NDArray[np.int64], h: torch.Tensor
+    ) -> torch.Tensor:
+        assert self._head is not None
+        found = kept[positions]
+        missing = np.isnan(found)
+        if missing.any():
+            new = self._head.log_normaliser(h[torch.from_numpy(missing).to(h.device)]).cpu().numpy()
+            found[missing] = kept[positions[missing]] = new
+        return torch.from_numpy(found).to(h.device)
 
 
-def chunk_rows(n_obs: int, n_vars: int) -> int:
-    """Cells a chunk, so that a dense block of them is about `CHUNK_BYTES`."""
-    return int(np.clip(CHUNK_BYTES // (4 * max(n_vars, 1)), 64, max(64, n_obs)))
+def in_batch(cells: Minibatch, code: int | None) -> Minibatch:
+    """The cells as if they came from a batch, or as they are."""
+    if code is None:
+        return cells
+    return replace(cells, batch_index=torch.full_like(cells.batch_index, code))
 
 
-def piece_rows(n_vars: int) -> int:
-    """Cells that are decoded at once, so that their logits are about `PIECE_BYTES`."""
-    return max(64, PIECE_BYTES // (4 * max(n_vars, 1)))
+def chunk_rows(n_obs: int, n_cols: int, chunk_bytes: int | None = None) -> int:
+    """Cells a chunk, so that a dense block of them is about `CHUNK_BYTES`, or what is said."""
+    size = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    return int(np.clip(size // (4 * max(n_cols, 1)), 64, max(64, n_obs)))
+
+
+def chunk_bytes(memory_budget: int | str | None) -> int | None:
+    """Bytes of a chunk, so that the chunks in work take half of a budget; the rest is what makes them.
+
+    Raises:
+        OptionError: a budget that is no size.
+    """
+    return None if memory_budget is None else as_bytes(memory_budget) // (2 * default_workers())
+
+
+def rows_of_chunks(source: Source, n_vars: int, n_out: int, memory_budget: int | str | None) -> int:
+    """Cells a chunk. Where latents are stored few genes cost little, and a chunk has many cells.
+
+    Args:
+        source: of the cells.
+        n_vars: genes of the model.
+        n_out: numbers a cell: genes asked for, times draws that are kept.
+        memory_budget: see `chunk_bytes`.
+    """
+    size = chunk_bytes(memory_budget)
+    if not source.is_stored:
+        return chunk_rows(source.n_obs, max(n_vars, n_out), size)
+    return min(_STORED_ROWS, chunk_rows(source.n_obs, n_out, size))
+
+
+def piece_rows(source: Source, n_out: int) -> int:
+    """Cells that are read, and decoded, at once."""
+    if source.is_stored:
+        return _STORED_ROWS
+    return max(64, min(_READ_ROWS, 4 * PIECE_BYTES // (4 * max(n_out, 1))))
+
+
+def lazy(
+    answer: Answer,
+    source: Source,
+    device: torch.device,
+    n_out: int,
+    *,
+    n_layers: int | None = None,
+    rows_per_chunk: int,
+    rows_per_piece: int,
+) -> da.Array:
+    """A ``dask.array`` of what is answered of each cell, ``(n_obs, n_out)`` float32.
+
+    Args:
+        answer: of a block of cells.
+        source: of the cells.
+        device: where blocks are decoded.
+        n_out: numbers a cell.
+        n_layers: answers are ``(n_layers, B, n_out)``, and so is the array; ``None``: no such axis.
+        rows_per_chunk: cells a chunk.
+        rows_per_piece: cells that are read and answered at once.
+    """
+    import dask.array as da
+
+    lead = () if n_layers is None else (n_layers,)
+
+    def block(block_info: Any) -> NDArray[np.float32]:
+        start, stop = block_info[None]["array-location"][len(lead)]
+        found = np.empty((*lead, stop - start, n_out), np.float32)
+        for a in range(start, stop, rows_per_piece):
+            b = min(a + rows_per_piece, stop)
+            answer(source.read(a, b, device), found[..., a - start : b - start, :])
+        return found
+
+    n_obs = source.n_obs
+    sizes = [min(rows_per_chunk, n_obs - start) for start in range(0, n_obs, rows_per_chunk)] or [0]
+    found: da.Array = da.map_blocks(
+        block,
+        chunks=(*((n,) for n in lead), tuple(sizes), (n_out,)),
+        dtype=np.float32,
+        meta=np.empty((0,) * (2 + len(lead)), np.float32),
+        name=f"decode-{np.random.default_rng().integers(1 << 62):x}",
+    )
+    return found
+
+
+def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:
+    """A chunk of rows of a lazy cells x genes array, computed here and now; ``compute`` would copy it."""
+    import dask
+
+    chunk = array.blocks[index]
+    ((key,),) = chunk.__dask_keys__()
+    found: NDArray[np.float32] = dask.get(chunk.__dask_graph__(), key)  # type: ignore[attr-defined]
+    return found
 
 
 def lazy_expression(
     module: torch.nn.Module,
-    read: Callable[[int, int], Minibatch],
-    n_obs: int,
-    n_genes: int,
+    source: Source,
+    n_vars: int,
     request: Request,
     *,
-    rows_per_chunk: int,
-    rows_per_piece: int,
+    memory_budget: int | str | None = None,
 ) -> da.Array:
-    """A ``dask.array`` of rho, ``(n_obs, n_genes)`` float32; each chunk reads, encodes and decodes its cells.
+    """A ``dask.array`` of rho, ``(n_obs, k)`` float32, or ``(n_samples, n_obs, k)`` of each draw.
 
     Args:
-        module: satisfies `types.Encodes` and `types.Decodes`; on its device, in evaluation mode.
-        read: ``(start, stop) -> Minibatch`` of those cells, from any thread.
-        n_obs: cells.
-        n_genes: genes asked for.
+        module: satisfies `types.Decodes`; on its device.
+        source: of the cells.
+        n_vars: genes of the model.
         request: what is asked.
-        rows_per_chunk: cells a chunk.
-        rows_per_piece: cells that are decoded at once.
+        memory_budget: see `chunk_bytes`.
     """
-    import dask.array as da
-
     module.eval()
-    device = next(module.parameters()).device
+    answer = Decoding(module, request, source, n_vars)
+    n_layers = None if request.return_mean else request.n_samples
+    n_numbers = answer.n_out * (n_layers or 1)
+    return lazy(
+        answer, source, next(module.parameters()).device, answer.n_out, n_layers=n_layers,
+        rows_per_chunk=rows_of_chunks(source, n_vars, n_numbers, memory_budget),
+        rows_per_piece=piece_rows(source, n_numbers),
+    )  # fmt: skip
 
-    def block(block_info: Any) -> NDArray[np.float32]:
-        (start, stop), _ = block_info[None]["array-location"]
-        rho = np.empty((stop - start, n_genes), np.float32)
-        for a in range(start, stop, rows_per_piece):
-            b = min(a + rows_per_piece, stop)
-            rho[a - start : b - start] = decode(module, read(a, b).to(device), request)
-        return rho
 
-    sizes: Sequence[int] = [
-        min(rows_per_chunk, n_obs - start) for start in range(0, n_obs, rows_per_chunk)
-    ] or [0]
-    rho: da.Array = da.map_blocks(
-        block,
-        chunks=(tuple(sizes), (n_genes,)),
-        dtype=np.float32,
-        meta=np.empty((0, 0), np.float32),
-        name=f"expression-{np.random.default_rng().integers(1 << 62):x}",
-    )
-    return rho
+__all__ = [
+    "Decoding",
+    "Request",
+    "chunk_of",
+    "chunk_rows",
+    "in_batch",
+    "lazy",
+    "lazy_expression",
+    "piece_rows",
+    "rows_of_chunks",
+]

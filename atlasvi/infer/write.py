@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, OptionError, SpaceError, StoreError
 from atlasvi.files import replacing_folder
+from atlasvi.infer.decode import chunk_of
 from atlasvi.progress import Advance
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
@@ -88,8 +89,9 @@ def write_expression(
     *,
     overwrite: bool,
     advance: Advance,
+    layers: Mapping[str, da.Array] | None = None,
 ) -> None:
-    """Compute a lazy array chunk by chunk into an AnnData Zarr store with it as X.
+    """Compute a lazy array chunk by chunk into an AnnData Zarr store with it as X, and others as layers.
 
     Args:
         rho: cells x genes; chunks of rows.
@@ -98,6 +100,7 @@ def write_expression(
         out: the store.
         overwrite: replace what is there.
         advance: told the number of cells so far.
+        layers: more arrays of the same cells and genes, and in the same chunks.
 
     Raises:
         StoreError: there is something already.
@@ -116,13 +119,18 @@ def write_expression(
             stop = min(start + NAMES, rho.shape[0])
             names[start:stop] = read_names(start, stop)
         write_frame(group, "var", rho.shape[1])["_index"][...] = to_strings(var_names)
-        array = create_array(group, "X", rho.shape, np.float32, max(rho.chunks[0][0], 1))
-        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        named = {"X": rho, **{f"layers/{name}": layer for name, layer in (layers or {}).items()}}
+        arrays = [
+            (create_array(group, name, lazy.shape, np.float32, max(lazy.chunks[0][0], 1)), lazy)
+            for name, lazy in named.items()
+        ]
+        for array, _ in arrays:
+            array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         starts = np.concatenate([[0], np.cumsum(rho.chunks[0])])
 
         def put(index: int) -> None:
-            block = rho.blocks[index].compute(scheduler="synchronous")
-            array[starts[index] : starts[index + 1]] = block
+            for array, lazy in arrays:
+                array[starts[index] : starts[index + 1]] = chunk_of(lazy, index)
 
         try:
             # One task decodes a chunk and writes it: were these two, Dask could decode ahead of the writing.

@@ -23,7 +23,6 @@ _INSTEAD = {
     "logger": "use model.history, or on_epoch=",
     "callbacks": "use on_epoch=",
     "simple_progress_bar": "use enable_progress_bar",
-    "n_samples_overall": "pass cells= and n_samples= to model.expression",
     "n_samples_per_label": "use SCANVI(balance_labels=True)",
     "classifier_parameters": "use classifier_n_layers, classifier_n_hidden and classifier_dropout_rate",
     "use_permutation": "raise n_samples_overall: every draw is in a pair",
@@ -46,6 +45,13 @@ def refuse(method: str, arguments: Mapping[str, object]) -> None:
     """Refuse arguments that scvi-tools has and we have not, naming our way."""
     for name in arguments:
         raise OptionError(f"{method}({name}=...) is not supported; {_INSTEAD.get(name, 'see its docstring')}")
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Refuse a number below 1, naming it."""
+    if value < 1:
+        raise OptionError(f"{name} must be at least 1, is {value}")
+    return int(value)
 
 
 def choose_device(accelerator: str, devices: int | str) -> torch.device:

@@ -23,11 +23,34 @@ from atlasvi.errors import (
     ObsError,
     OptionError,
 )
-from atlasvi.infer.decode import Request, chunk_rows, lazy_expression, piece_rows
+from atlasvi.infer.correlation import correlation_matrix
+from atlasvi.infer.decode import Request, lazy_expression
+from atlasvi.infer.dropout import technical_zeros
 from atlasvi.infer.elbo import elbo_blocks
+from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
+from atlasvi.infer.normalized import Weighting, normalized_expression
 from atlasvi.infer.quality import beside_like_depth, cell_quality
-from atlasvi.models.arguments import as_names, cell_positions, choose_device, gene_positions, one_of, refuse
+from atlasvi.infer.sample import (
+    NeighbouringCells,
+    PriorCells,
+    SampledCells,
+    computed_parameters,
+    latent_library_size,
+    likelihood_parameters,
+    nearest,
+    numbered,
+    sampled_matrices,
+)
+from atlasvi.models.arguments import (
+    as_names,
+    at_least_one,
+    cell_positions,
+    choose_device,
+    gene_positions,
+    one_of,
+    refuse,
+)
 from atlasvi.models.data import (
     Data,
     LibraryMoments,
@@ -40,7 +63,9 @@ from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, w
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
+from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
+from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
@@ -72,7 +97,6 @@ MOST_LOOKED_AT = 4096
 PRECISIONS = {
     "float32": "float32", "32-true": "float32", "32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16",
 }  # fmt: skip
-LARGEST_DENSE = 2 << 30
 
 
 class CountModel(Generic[Config, Module]):
@@ -498,16 +522,46 @@ class CountModel(Generic[Config, Module]):
         loss = torch.cat([term.reconstruction for term in terms]).double()
         return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
 
+    def encode(
+        self, data: Data | None = None, *, cells: Any = None, batch_size: int | None = None
+    ) -> Encoded:
+        """Latents of cells with all that decoding needs besides; given in place of data, no counts are read.
+
+        A few dozen bytes a cell are held. What is asked of it again costs less: the log-normaliser of each
+        cell, posterior sample and batch is kept, so that some genes cost those genes only.
+
+        Args:
+            data: other data; that of the model when ``None``. It need not have been set up.
+            cells: positions (from the end if negative), a slice or a boolean mask.
+            batch_size: cells at a time; does not change the result.
+
+        Example:
+            >>> cells = model.encode()
+            >>> model.get_normalized_expression(cells, gene_list=["G0003"]).shape == (atlas.n_obs, 1)
+            True
+        """
+        self._must_be_trained()
+        self._must_decode()
+        atlas, codes = self._data(data)
+        if cells is not None:
+            atlas = atlas[cell_positions(cells, atlas.n_obs)]
+            codes = resolve(self.fields, atlas)
+        epochs = Epochs(atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False)
+        return encode_cells(self.module, epochs(), codes, atlas.row_numbers, atlas.read_names)
+
     def expression(
         self,
-        data: Data | None = None,
+        data: Data | Encoded | None = None,
         *,
         cells: Any = None,
         genes: Sequence[str] | None = None,
         transform_batch: str | Sequence[str] | None = None,
         library_size: float | str = 1,
         n_samples: int = 1,
+        return_mean: bool = True,
         seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
     ) -> da.Array:
         """Normalised expression rho as a lazy ``dask.array``, cells x genes; nothing is computed until asked.
 
@@ -515,115 +569,442 @@ class CountModel(Generic[Config, Module]):
         (seed, sample, cell) alone, so no result depends on the chunks.
 
         Args:
-            data: other data; that of the model when ``None``. It need not have been set up.
+            data: other data, or what `encode` made; the data of the model when ``None``. Data need not have
+                been set up.
             cells: positions (from the end if negative), a slice or a boolean mask.
             genes: names of genes, in the order wanted; all when ``None``.
             transform_batch: decode as if every cell came from this batch; several are averaged.
-            library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size.
-            n_samples: draws of z averaged over.
+            library_size: rho is multiplied by it; ``"latent"`` for each cell's own library size (a draw of it
+                with each draw of z, where it is latent).
+            n_samples: draws of z.
+            return_mean: average over draws, or give each: samples x cells x genes.
             seed: of the draws.
+            precision: of the product with the decoder's last layer: ``"float32"``, or ``"bfloat16"``, faster
+                where the machine multiplies it: rho of a gene in a cell is then off by up to a few percent, a
+                mean over a hundred cells by some tenths (docs/decoding.md).
+            memory_budget: bytes, or ``"500MB"``, that the chunks in work may take; 64 MiB on two cores when
+                ``None``.
 
         Raises:
             GenesError, ObsError: genes or batches that the model does not know, with near names.
-            OptionError: ``n_samples`` below 1.
+            OptionError: ``n_samples`` below 1, or another argument out of range.
+            ModelError: what `encode` made is of other weights.
 
         Example:
             >>> rho = model.expression(genes=["G0001", "G0002"])
             >>> float(rho[:100].mean().compute()) > 0
             True
         """
-        self._must_be_trained()
-        if not isinstance(self.module, Decodes):
-            raise OptionError(f"{type(self).__name__} has no normalised expression; SCVI and DCA have")
-        if n_samples < 1:
-            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
-        if isinstance(library_size, str) and library_size != "latent":
-            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
-        atlas, codes = self._data(data)
-        positions = None if cells is None else cell_positions(cells, atlas.n_obs)
-        n_obs = atlas.n_obs if positions is None else len(positions)
-        at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
-        request = Request(
-            at,
-            self._batch_codes(transform_batch),
-            None if library_size == "latent" else float(library_size),
+        request = self._request(
+            genes,
+            transform_batch,
+            library_size,
             n_samples,
-            seed,
+            return_mean=return_mean,
+            seed=seed,
+            precision=precision,
         )
-        n_vars = self.fields.n_vars
-        view = atlas[:, codes.gene_columns]
-
-        def read(start: int, stop: int) -> Minibatch:
-            chosen = np.arange(start, stop) if positions is None else positions[start:stop]
-            return pack(view.read_rows(chosen), chosen, codes, atlas.numbers_of(chosen))
-
-        return lazy_expression(
-            self.module, read, n_obs, n_vars if at is None else len(at), request,
-            rows_per_chunk=chunk_rows(n_obs, n_vars), rows_per_piece=piece_rows(n_vars),
-        )  # fmt: skip
+        source, _ = self._source(data, cells)
+        return lazy_expression(self.module, source, self.fields.n_vars, request, memory_budget=memory_budget)
 
     def get_normalized_expression(
         self,
-        adata: Data | None = None,
+        adata: Data | Encoded | None = None,
         indices: Sequence[int] | None = None,
         transform_batch: str | Sequence[str] | None = None,
         gene_list: Sequence[str] | None = None,
         library_size: float | str = 1,
         n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
         return_mean: bool = True,
         return_numpy: bool | None = None,
         silent: bool = True,
         *,
-        batch_size: int | None = None,
+        max_cells: int = 1024,
+        truncation: bool = False,
+        n_mc_samples: int = 500,
         seed: int = 0,
+        precision: str = "float32",
         **unsupported: object,
     ) -> Any:
         """Rho as a data frame (or array): for results that fit in memory; others are refused with their size.
 
         Args:
-            adata: other data; that of the model when ``None``.
+            adata: other data, or what `encode` made; the data of the model when ``None``.
             indices: positions of the cells.
             transform_batch: decode as if every cell came from this batch; several are averaged.
             gene_list: names of genes.
             library_size: rho is multiplied by it; ``"latent"`` for each cell's own.
-            n_samples: draws of z averaged over.
-            return_mean: must be ``True``: draws are averaged.
+            n_samples: draws of z.
+            n_samples_overall: so many rows instead of one a cell: draws of z of cells chosen at random, with
+                replacement.
+            weights: how they are chosen: ``"uniform"``, or ``"importance"``: draws that explain many of the
+                cells more often (Boyeau et al. 2019).
+            batch_size: ignored: chunks are chosen by size and do not change the result.
+            return_mean: average over draws, or give each: samples x cells x genes, an array.
             return_numpy: an array instead of a data frame.
             silent: show no progress bar.
-            batch_size: ignored: chunks are chosen by size and do not change the result.
+            max_cells: with importance weights: cells that they are measured on, at most.
+            truncation: with importance weights: bring the smallest up to the mean (Ionides 2008).
+            n_mc_samples: with importance weights: draws for the likelihood of each of these cells.
             seed: of the draws.
+            precision: see `expression`.
             **unsupported: refused by name.
 
         Raises:
             OptionError: the result would be larger than 2 GiB; names its size and the lazy call.
+
+        Example:
+            >>> model.get_normalized_expression(indices=[3, 7], gene_list=["G0001"], n_samples=5).shape
+            (2, 1)
         """
         refuse("get_normalized_expression", unsupported)
-        if not return_mean and n_samples > 1:
-            raise OptionError(
-                "return_mean=False with several samples is not supported; call model.expression(seed=...) "
-                "once for each draw"
-            )
-        rho = self.expression(
-            adata, cells=indices, genes=gene_list,
-            transform_batch=transform_batch, library_size=library_size, n_samples=n_samples, seed=seed,
+        request = self._request(
+            gene_list,
+            transform_batch,
+            library_size,
+            n_samples,
+            return_mean=return_mean,
+            seed=seed,
+            precision=precision,
+        )
+        weighting = Weighting.of(weights, max_cells, truncation, n_mc_samples)
+        source, names = self._source(adata, indices)
+        genes = list(self.fields.var_names if gene_list is None else as_names(gene_list))
+        return normalized_expression(
+            self.module, source, names, genes, self.fields.n_vars, request,
+            n_samples_overall=n_samples_overall, weighting=weighting, return_numpy=return_numpy,
+            silent=silent,
         )  # fmt: skip
-        if rho.nbytes > LARGEST_DENSE:
-            raise OptionError(
-                f"{rho.shape[0]:,} cells x {rho.shape[1]:,} genes are {rho.nbytes / 2**30:.1f} GiB of rho; "
-                "ask for fewer with indices= or gene_list=, or use the lazy model.expression(...)"
-            )
-        with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
-            values = rho.compute()
-            advance(rho.shape[0], "")
-        if return_numpy:
-            return values
+
+    def denoised_counts(
+        self,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+    ) -> da.Array:
+        """Imputed counts as a lazy ``dask.array``, cells x genes: l rho, the mean of a count before dropout.
+
+        To look at and to smooth, not to test hypotheses on: docs/imputation.md. Draws of such counts are
+        `posterior_predictive_sample`. Arguments are those of `expression`, of which this is
+        ``library_size="latent"``.
+
+        Example:
+            >>> model.denoised_counts(genes=["G0003"]).shape == (atlas.n_obs, 1)
+            True
+        """
+        return self.expression(
+            data, cells=cells, genes=genes, transform_batch=transform_batch, library_size="latent",
+            n_samples=n_samples, seed=seed, precision=precision, memory_budget=memory_budget,
+        )  # fmt: skip
+
+    def technical_zeros(
+        self,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | None = None,
+        n_samples: int = 1,
+        seed: int = 0,
+        memory_budget: int | str | None = None,
+    ) -> da.Array:
+        """Probability that a zero is technical, as a lazy ``dask.array``, cells x genes.
+
+        It is that of dropout given the zero, pi / (pi + (1 - pi) p(y = 0)), y the count before dropout, and
+        0 for counts that are not zero. Of cells that `encode` made nobody knows which are: then it is what it
+        would be if all were zero.
+
+        Args:
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            cells: positions (from the end if negative), a slice or a boolean mask.
+            genes: names of genes.
+            transform_batch: as if every cell came from this batch.
+            n_samples: draws of z averaged over.
+            seed: of the draws.
+            memory_budget: bytes, or ``"500MB"``, that the chunks in work may take.
+
+        Raises:
+            OptionError: the likelihood has no dropout.
+
+        Example:
+            >>> p = model.technical_zeros(genes=["G0003"]).compute()
+            >>> bool(((p >= 0) & (p <= 1)).all())
+            True
+        """
+        request = self._request(genes, transform_batch, "latent", n_samples, seed=seed)
+        source, _ = self._source(data, cells)
+        return technical_zeros(self.module, source, self.fields.n_vars, request, memory_budget)
+
+    def posterior_predictive_sample(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        silent: bool = True,
+        *,
+        seed: int = 0,
+        out: str | Path | None = None,
+        **unsupported: object,
+    ) -> Any:
+        """Counts that the model would see of the cells again: z ~ q(z|x), l ~ q(l|x), then p(x | z, l).
+
+        A count depends on (seed, sample, cell, gene) alone.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            transform_batch: sample as if every cell came from this batch; over several, the mean of the
+                counts under each.
+            n_samples: draws of each cell.
+            gene_list: names of genes.
+            batch_size: ignored: it does not change the result.
+            silent: ignored.
+            seed: of the draws.
+            out: write an atlas there, a few cells at a time: samples one after the other.
+            **unsupported: refused by name.
+
+        Returns:
+            A ``csr_matrix``, cells x genes; a list of them for several samples; with ``out``, the `Atlas`.
+
+        Raises:
+            OptionError: the result would be larger than 2 GiB.
+
+        Example:
+            >>> model.posterior_predictive_sample(indices=[3, 7]).shape == (2, atlas.n_vars)
+            True
+        """
+        refuse("posterior_predictive_sample", unsupported)
+        request = self._request(gene_list, transform_batch, "latent", n_samples, seed=seed)
+        source, names = self._source(adata, indices)
+        if out is not None:
+            return self._drawn(source, request, names, out)
+        found = sampled_matrices(self.module, source, self.fields.n_vars, request)
+        return found[0] if n_samples == 1 else found
+
+    def sample_prior(
+        self,
+        n_cells: int,
+        data: Data | Encoded | None = None,
+        *,
+        transform_batch: str | None = None,
+        library_size: float | str = "latent",
+        genes: Sequence[str] | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+    ) -> Atlas:
+        """Cells that nobody saw: z ~ N(0, I), then counts from p(x | z, l).
+
+        Each takes batch, covariates and library size of a cell of the data chosen at random; a library size
+        that is latent is drawn from the prior of the batch.
+
+        Args:
+            n_cells: how many.
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            transform_batch: the batch of all of them.
+            library_size: expected counts of each cell; ``"latent"`` as said above.
+            genes: names of genes.
+            seed: of the draws.
+            out: write them to an atlas there.
+
+        Returns:
+            An atlas of cells that are drawn when they are read, or of those written at ``out``.
+
+        Example:
+            >>> cells = model.sample_prior(100)
+            >>> cells.shape == (100, atlas.n_vars)
+            True
+        """
+        request = self._request(genes, transform_batch, library_size, 1, seed=seed)
+        like = data if isinstance(data, Encoded) else self.encode(data)
+        cells = PriorCells(self.module, like, at_least_one("n_cells", n_cells), seed)
+        return self._drawn(cells, request, lambda: numbered("prior", n_cells), out)
+
+    def sample_neighbourhood(
+        self,
+        cell: int,
+        n_cells: int,
+        data: Data | Encoded | None = None,
+        *,
+        n_neighbors: int = 15,
+        transform_batch: str | None = None,
+        library_size: float | str = "latent",
+        genes: Sequence[str] | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+    ) -> Atlas:
+        """Unseen cells like one that is there: z from the posterior of one of its neighbours, then counts.
+
+        Batch, covariates and library size are those of the cell.
+
+        Args:
+            cell: position of the cell.
+            n_cells: how many.
+            data: other data, or what `encode` made; the data of the model when ``None``.
+            n_neighbors: nearest cells that z is drawn from, itself among them, by their means of z.
+            transform_batch: the batch of all of them.
+            library_size: expected counts of each cell; ``"latent"`` as the cell's.
+            genes: names of genes.
+            seed: of the draws.
+            out: write them to an atlas there.
+
+        Returns:
+            An atlas of cells that are drawn when they are read, or of those written at ``out``.
+
+        Example:
+            >>> model.sample_neighbourhood(5, 20).read_rows([0, 1]).shape == (2, atlas.n_vars)
+            True
+        """
+        request = self._request(genes, transform_batch, library_size, 1, seed=seed)
+        like = data if isinstance(data, Encoded) else self.encode(data)
+        like.check(self.module)
+        at = int(cell_positions([cell], len(like))[0])
+        neighbours = nearest(like, at, at_least_one("n_neighbors", n_neighbors))
+        cells = NeighbouringCells(like, at, neighbours, at_least_one("n_cells", n_cells), seed)
+        return self._drawn(cells, request, lambda: numbered(f"near-{at}", n_cells), out)
+
+    def get_likelihood_parameters(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 1,
+        give_mean: bool = False,
+        batch_size: int | None = None,
+        *,
+        gene_list: Sequence[str] | None = None,
+        transform_batch: str | None = None,
+        seed: int = 0,
+        lazy: bool = False,
+        **unsupported: object,
+    ) -> dict[str, Any]:
+        """Parameters of p(x | z, l), as far as the likelihood has them.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            n_samples: draws of z.
+            give_mean: average over draws.
+            batch_size: ignored: it does not change the result.
+            gene_list: names of genes.
+            transform_batch: as if every cell came from this batch.
+            seed: of the draws.
+            lazy: ``dask.array``s, of which only the chunks asked for are computed.
+            **unsupported: refused by name.
+
+        Returns:
+            ``"mean"`` (mu, before dropout), ``"dispersions"`` (theta) and ``"dropout"`` (probabilities), each
+            cells x genes float32, or samples x cells x genes.
+
+        Raises:
+            OptionError: the result would be larger than 2 GiB.
+
+        Example:
+            >>> sorted(model.get_likelihood_parameters(indices=[3]))
+            ['dispersions', 'dropout', 'mean']
+        """
+        refuse("get_likelihood_parameters", unsupported)
+        request = self._request(
+            gene_list,
+            transform_batch,
+            "latent",
+            n_samples,
+            seed=seed,
+            return_mean=give_mean or n_samples == 1,
+        )
+        source, _ = self._source(adata, indices)
+        found = likelihood_parameters(self.module, source, self.fields.n_vars, request)
+        return dict(found) if lazy else computed_parameters(found)
+
+    def get_latent_library_size(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int | None = None,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> NDArray[np.float32]:
+        """``(n_obs, 1)`` library sizes: the mean of q(l|x), or a draw; if observed with ``give_mean=False``.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            give_mean: the mean, or one draw.
+            batch_size: ignored: it does not change the result.
+            seed: of the draw.
+            **unsupported: refused by name.
+
+        Raises:
+            OptionError: a mean is asked of a library size that is not inferred.
+
+        Example:
+            >>> model.get_latent_library_size(give_mean=False).shape == (atlas.n_obs, 1)
+            True
+        """
+        refuse("get_latent_library_size", unsupported)
+        self._must_be_trained()
+        self._must_decode()
+        source, _ = self._source(adata, indices)
+        return latent_library_size(self.module, source, self.fields.n_vars, give_mean=give_mean, seed=seed)
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: Data | Encoded | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: str | Sequence[str] | None = None,
+        correlation_type: str = "spearman",
+        silent: bool = True,
+        *,
+        gene_list: Sequence[str] | None = None,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> pd.DataFrame:
+        """Correlations between genes of w ~ Gamma(shape theta, mean l rho) over cells and draws of z.
+
+        Genes x genes are held, never cells x genes.
+
+        Args:
+            adata: other data, or what `encode` made; the data of the model when ``None``.
+            indices: positions of the cells.
+            n_samples: draws of z of each cell.
+            batch_size: ignored: it does not change the result.
+            rna_size_factor: l of every cell.
+            transform_batch: as if every cell came from this batch; of several, the mean of the correlations
+                under each.
+            correlation_type: ``"spearman"`` or ``"pearson"``.
+            silent: ignored.
+            gene_list: names of genes.
+            seed: of the draws.
+            **unsupported: refused by name.
+
+        Example:
+            >>> model.get_feature_correlation_matrix(gene_list=["G0001", "G0002"], n_samples=2).shape
+            (2, 2)
+        """
+        refuse("get_feature_correlation_matrix", unsupported)
+        one_of("correlation_type", correlation_type, ("spearman", "pearson"))
+        request = self._request(gene_list, transform_batch, float(rna_size_factor), n_samples, seed=seed)
+        source, _ = self._source(adata, indices)
+        genes = list(self.fields.var_names if gene_list is None else as_names(gene_list))
+        found = correlation_matrix(self.module, source, self.fields.n_vars, request, correlation_type)
         import pandas as pd
 
-        return pd.DataFrame(
-            values,
-            index=self._names(adata, indices),
-            columns=list(self.fields.var_names if gene_list is None else as_names(gene_list)),
-        )
+        return pd.DataFrame(found, index=genes, columns=genes)
 
     def cell_quality(
         self,
@@ -980,6 +1361,64 @@ class CountModel(Generic[Config, Module]):
             positions=None if indices is None else cell_positions(indices, atlas.n_obs),
         )  # fmt: skip
         return epochs()
+
+    def _request(
+        self,
+        genes: Sequence[str] | None,
+        transform_batch: str | Sequence[str] | None,
+        library_size: float | str,
+        n_samples: int,
+        *,
+        return_mean: bool = True,
+        seed: int = 0,
+        precision: str = "float32",
+    ) -> Request:
+        """What is asked, in the model's terms."""
+        self._must_be_trained()
+        self._must_decode()
+        if n_samples < 1:
+            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
+        if isinstance(library_size, str) and library_size != "latent":
+            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
+        one_of("precision", precision, ("float32", "bfloat16"))
+        at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
+        return Request(
+            None if at is None else at.to(self._device),
+            self._batch_codes(transform_batch),
+            None if library_size == "latent" else float(library_size),
+            n_samples, seed=seed, return_mean=return_mean, precision=precision,
+        )  # fmt: skip
+
+    def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:
+        """Cells to decode, and their names when they are asked for."""
+        if isinstance(data, Encoded):
+            data.check(self.module)
+            if cells is None:
+                return data, lambda: data.read_names(0, len(data))
+            at = cell_positions(cells, len(data))
+            return Selected(data, at), lambda: data.read_names(0, len(data))[at]
+        atlas, codes = self._data(data)
+        positions = None if cells is None else cell_positions(cells, atlas.n_obs)
+        view = atlas[:, codes.gene_columns]
+
+        def read(start: int, stop: int) -> Minibatch:
+            chosen = np.arange(start, stop) if positions is None else positions[start:stop]
+            return pack(view.read_rows(chosen), chosen, codes, atlas.numbers_of(chosen))
+
+        def names() -> NDArray[Any]:
+            return atlas.obs_names if positions is None else atlas.obs_names[positions]
+
+        return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
+
+    def _drawn(
+        self, source: Source, request: Request, names: Callable[[], NDArray[Any]], out: str | Path | None
+    ) -> Atlas:
+        """Counts drawn from the model, as an atlas."""
+        cells = SampledCells(self.module, source, self.fields, request, names)
+        if out is None:
+            return Atlas(cells)
+        ingest(cells, out)
+        return open_atlas(out)
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()

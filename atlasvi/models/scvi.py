@@ -33,7 +33,7 @@ from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
 from atlasvi.train.schedule import TrainingPlan
-from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi.types import CountParameters, FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
     import anndata
@@ -261,13 +261,42 @@ class SCVIModule(nn.Module):
         self, z: torch.Tensor, minibatch: Minibatch, genes: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``(B, len(genes))`` log rho, normalised over all genes whichever are asked for."""
+        return self._log_rho(self.hidden(z, minibatch), genes)
+
+    def _log_rho(self, h: torch.Tensor, genes: torch.Tensor | None) -> torch.Tensor:
         decoder = self.decoder
-        h = decoder.hidden(z, covariates(minibatch))
         if self.mean == "exp":
             return self.log_scale(decoder.genes(decoder.scale, h, genes))
         if genes is None:
             return F.log_softmax(decoder.scale(h), dim=-1)
         return decoder.genes(decoder.scale, h, genes) - decoder.log_normaliser(h)
+
+    def hidden(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+        """``(B, H)`` hidden units of the decoder."""
+        return self.decoder.hidden(z, covariates(minibatch))
+
+    def softmax_head(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weight and bias of which rho is the softmax; with size factors it is none."""
+        return None if self.mean == "exp" else self.decoder.scale_weights()
+
+    def count_parameters(
+        self,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        minibatch: Minibatch,
+        genes: torch.Tensor | None = None,
+    ) -> CountParameters:
+        """Mean before dropout, inverse dispersion and dropout logits of p(x | z, l, s)."""
+        h = self.hidden(z, minibatch)
+        mu = self._log_rho(h, genes).exp_() * library.unsqueeze(1)
+        theta, index = self.theta(minibatch)
+        if isinstance(theta, nn.Linear):
+            theta = self.decoder.genes(theta, h, genes).exp()
+        elif theta is not None:
+            theta = theta if genes is None else theta[..., genes]
+            theta = theta if index is None else theta[index]
+        pi = self.decoder.pi
+        return CountParameters(mu, theta, None if pi is None else self.decoder.genes(pi, h, genes))
 
 
 def levels_of(fields: FieldMap) -> tuple[int, ...]:

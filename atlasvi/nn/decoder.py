@@ -42,6 +42,10 @@ class Decoder(nn.Module):
             return result
         return F.linear(h, head.weight[genes], head.bias[genes])
 
+    def scale_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(n_vars, n_hidden)`` weight and ``(n_vars,)`` bias of the logits."""
+        return self.scale.weight, self.scale.bias
+
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:
         """``(B, 1)`` log of the sum over all genes of exp(logits), a tile of genes at a time."""
         tiles = [
@@ -129,6 +133,10 @@ class LinearDecoder(nn.Module):
             return result
         weight, bias = head.folded()
         return F.linear(h, weight[genes], bias[genes])
+
+    def scale_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(n_vars, n_latent + covariates)`` weight and ``(n_vars,)`` bias of the logits, norm included."""
+        return self.scale.folded()
 
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:
         """``(B, 1)`` log of the sum over all genes of exp(logits), a tile of genes at a time."""

@@ -59,12 +59,14 @@ class Progress:
 
     def close_epoch(self, plan: TrainingPlan, lr: float) -> EpochRecord:
         """Make the record of the epoch under way, and begin the next."""
-        checks = [check for check in self.checks[-1:] if check.step > self.step - self.minibatch]
-        names = ("elbo_validation", "reconstruction_loss_validation", "kl_local_validation")
-        held_out = [getattr(check, name) for check in checks for name in names] or [None] * 3
+        look = self.checks[-1] if self.checks and self.checks[-1].step > self.step - self.minibatch else None
         record = EpochRecord(
-            self.epoch, *self.sums.means(), *held_out, plan.kl_weight(self.epoch, max(self.step - 1, 0)), lr,
-            self.seconds, self.sums.n / max(self.seconds, 1e-9), self.step,
+            self.epoch, *self.sums.means(),
+            None if look is None else look.elbo_validation,
+            None if look is None else look.reconstruction_loss_validation,
+            None if look is None else look.kl_local_validation,
+            plan.kl_weight(self.epoch, max(self.step - 1, 0)), lr, self.seconds,
+            self.sums.n / max(self.seconds, 1e-9), self.step,
         )  # fmt: skip
         self.records.append(record)
         self.epoch, self.minibatch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, TermSums()

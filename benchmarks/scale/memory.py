@@ -15,6 +15,7 @@ Stages, each on what the one before it left in the folder:
 ``latent``     the means of q(z|x) into ``obsm`` of the store
 ``decode``     rho of some genes of every cell to Zarr
 ``decode-all`` rho of all genes of every cell to Zarr
+``impute``     imputed counts and technical zeros of some genes of every cell to Zarr
 ``de``         every cell type against the rest, fold changes, 1,000 draws of each
 ``load``       the control: ``anndata.read_zarr`` of the store, which no limit below its size lets pass
 =============  =========================================================================================
@@ -47,7 +48,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "de")
+STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "impute", "de")
 CONTROL = "load"
 TINY = 600
 # Exit status of a stage that was refused memory.
@@ -380,6 +381,26 @@ def _decoding(n: int, folder: Path, n_genes: int | None) -> Ready:
     return run
 
 
+def _impute(n: int, folder: Path, setting: Setting) -> Ready:
+    import atlasvi
+    from atlasvi.infer.write import write_expression
+
+    model_type = atlasvi.SCVI
+    out = _scratch(folder)
+
+    def run() -> None:
+        with atlasvi.open(_store(n, folder)) as atlas:
+            model = model_type.load(folder / "model", atlas)
+            genes = list(model.fields.var_names[: setting.some_genes])
+            write_expression(
+                model.denoised_counts(genes=genes), atlas.read_names, genes, out, overwrite=True,
+                advance=lambda done, text: None,
+                layers={"technical_zero": model.technical_zeros(genes=genes)},
+            )  # fmt: skip
+
+    return run
+
+
 def _de(n: int, folder: Path, setting: Setting) -> Ready:
     import atlasvi
 
@@ -406,7 +427,7 @@ def _load(n: int, folder: Path, setting: Setting) -> Ready:
 
 _STAGES: dict[str, Callable[[int, Path, Setting], Ready]] = {
     "simulate": _simulate, "ingest": _ingest, "shuffle": _shuffle, "train": _train, "latent": _latent,
-    "decode": _decode, "decode-all": _decode_all, "de": _de, "load": _load,
+    "decode": _decode, "decode-all": _decode_all, "impute": _impute, "de": _de, "load": _load,
 }  # fmt: skip
 
 

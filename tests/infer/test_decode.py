@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlasvi.errors import GenesError, ObsError, OptionError
+from atlasvi.errors import GenesError, ModelError, ObsError, OptionError
 from atlasvi.infer import decode as decode_module
 from atlasvi.models.scvi import SCVI
 from atlasvi.store.atlas import Atlas
@@ -67,9 +67,9 @@ def test_no_chunk_is_larger_than_the_limit(model, monkeypatch):
         assert 1 <= rows <= max(64, n_obs)
         assert rows == 64 or rows * n_vars * 4 <= decode_module.CHUNK_BYTES
     seen = []
-    real = decode_module.decode
+    real = decode_module.Decoding.__call__
     monkeypatch.setattr(
-        decode_module, "decode", lambda module, m, request: seen.append(len(m)) or real(module, m, request)
+        decode_module.Decoding, "__call__", lambda self, b, o: seen.append(len(b.cells)) or real(self, b, o)
     )
     small_chunks(monkeypatch)
     model.expression().compute()
@@ -195,12 +195,202 @@ def test_the_data_frame_is_the_lazy_array(model, adata):
         ({"transform_batch": "b3"}, ObsError, "'b3'.*b1, b2"),
         ({"n_samples": 0}, OptionError, "n_samples"),
         ({"library_size": "observed"}, OptionError, "'observed'"),
+        ({"precision": "half"}, OptionError, "'half'.*bfloat16"),
+        ({"memory_budget": "much"}, OptionError, "'much'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(ask, error, words, model, reads):
     with pytest.raises(error, match=words):
         model.expression(**ask)
     assert not reads
+
+
+# --- from stored latents ------------------------------------------------------------------------
+
+HOWS = [
+    {},
+    {"genes": ["gene-7", "gene-1"], "n_samples": 3},
+    {"transform_batch": ["b1", "b2"], "n_samples": 2, "library_size": "latent"},
+    {"genes": ["gene-0"], "library_size": "latent"},
+    {"n_samples": 3, "return_mean": False, "cells": [7, 0, 299]},
+]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_stored_latents_give_what_counts_give(how, model, reads):
+    cells = model.encode()
+    expected = model.expression(**how).compute()
+    reads.clear()
+    for _ in range(2):  # the second time with normalisers that were kept
+        np.testing.assert_allclose(model.expression(cells, **how).compute(), expected, rtol=2e-5)
+    assert not reads
+
+
+def test_some_genes_cost_those_genes_once_normalisers_are_kept(model, monkeypatch):
+    cells = model.encode()
+    how = {"genes": ["gene-3"], "n_samples": 2, "transform_batch": ["b1", "b2"]}
+    model.expression(cells, cells=slice(100), **how).compute()
+    assert len(cells.normalisers) == 4
+    assert [int(np.isfinite(kept).sum()) for kept in cells.normalisers.values()] == [100] * 4
+    computed = []
+    real = decode_module.SoftmaxLinear.log_normaliser
+
+    def spy(self, h):
+        computed.append(len(h))
+        return real(self, h)
+
+    monkeypatch.setattr(decode_module.SoftmaxLinear, "log_normaliser", spy)
+    model.expression(cells, **how).compute()
+    assert computed == [200] * 4  # the others, for each sample and batch
+    computed.clear()
+    model.expression(cells, genes=["gene-9", "gene-8"], n_samples=2, transform_batch="b2").compute()
+    assert not computed
+    model.expression(cells, genes=["gene-9"], seed=1).compute()
+    assert computed == [300]
+
+
+def test_latents_of_other_weights_are_refused(model):
+    cells = model.encode()
+    with torch.no_grad():
+        model.module.decoder.scale.bias[0] += 1
+    with pytest.raises(ModelError, match="encode again"):
+        model.expression(cells)
+
+
+def test_cells_may_be_chosen_when_encoding_and_when_decoding(model):
+    expected = model.expression(genes=["gene-5"]).compute()
+    some = model.encode(cells=[200, 3, 50])
+    np.testing.assert_allclose(
+        model.expression(some, genes=["gene-5"]).compute(), expected[[200, 3, 50]], rtol=2e-5
+    )
+    frame = model.get_normalized_expression(some, indices=[2, 0], gene_list=["gene-5"])
+    assert frame.index.tolist() == ["cell-50", "cell-200"]
+    np.testing.assert_allclose(frame.to_numpy(), expected[[50, 200]], rtol=2e-5)
+
+
+def test_bfloat16_is_near_and_is_asked_for(model):
+    exact = model.expression(n_samples=2).compute()
+    rough = model.expression(n_samples=2, precision="bfloat16").compute()
+    np.testing.assert_allclose(rough, exact, rtol=0.05)
+    assert np.abs(rough / exact - 1).max() > 1e-4
+
+
+def test_a_smaller_budget_makes_smaller_chunks(model):
+    sizes = [model.expression(memory_budget=b).chunks[0][0] for b in ("1MB", 100_000, 1)]
+    assert sizes[0] > sizes[1] > sizes[2] == 64
+
+
+# --- what scvi-tools users have -----------------------------------------------------------------
+
+
+def test_each_draw_may_be_had(model):
+    each = model.get_normalized_expression(n_samples=4, return_mean=False, gene_list=["gene-2", "gene-5"])
+    assert isinstance(each, np.ndarray) and each.shape == (4, N_OBS, 2)
+    mean = model.get_normalized_expression(n_samples=4, gene_list=["gene-2", "gene-5"])
+    np.testing.assert_allclose(each.mean(0), mean, rtol=1e-5)
+    assert np.abs(each[0] / each[1] - 1).mean() > 1e-3
+    one = model.get_normalized_expression(n_samples=1, return_mean=False, gene_list=["gene-2", "gene-5"])
+    np.testing.assert_allclose(one, each[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        model.expression(n_samples=4, return_mean=False, genes=["gene-2", "gene-5"]).compute(),
+        each,
+        rtol=1e-5,
+    )
+
+
+def test_rows_overall_are_draws_of_cells_at_random(model):
+    frame = model.get_normalized_expression(n_samples_overall=700, seed=5)
+    assert frame.shape == (700, N_VARS)
+    # Each is a draw of the cell that it is named after: of 3, since 700 = 2 * 300 + 100.
+    each = model.get_normalized_expression(n_samples=3, return_mean=False, seed=5)
+    at = [int(name.removeprefix("cell-")) for name in frame.index]
+    nearest = np.abs(each[:, at] / frame.to_numpy() - 1).max(2).min(0)
+    assert nearest.max() < 2e-5
+    assert 200 < len(set(at)) < 300  # with replacement
+    again = model.get_normalized_expression(n_samples_overall=700, seed=5, return_numpy=True)
+    np.testing.assert_array_equal(again, frame)
+
+
+def test_importance_weights_are_what_they_are_defined_as(model):
+    """Against the definition, written out with torch's distributions."""
+    from atlasvi.infer.decode import Request
+    from atlasvi.infer.importance import importance_weights, marginal_log_likelihood
+
+    cells = [3, 8, 21, 34]
+    source, _ = model._source(None, cells)
+    module, cpu = model.module, torch.device("cpu")
+    found = importance_weights(
+        module, source, 2, Request(seed=4), max_cells=10, truncation=False, n_mc_samples=8
+    ).reshape(2, 4)
+    assert found.sum() == pytest.approx(1)
+    block = source.read(0, 4, cpu)
+    x = torch.from_numpy(block.cells.counts.to_scipy().toarray()).double()
+    qz = torch.distributions.Normal(block.qz.loc, block.qz.scale)
+    log_w = torch.zeros(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        px = marginal_log_likelihood(module, block, 8, 4 + (1 << 40))
+        for s in range(2):
+            z = block.draw(4, s)
+            for i in range(4):
+                terms = []
+                for a in range(4):
+                    total = x[a].sum().expand(4).float()
+                    p = module.count_parameters(z, total, block.cells)
+                    theta = p.theta.expand(4, -1)[i].double()
+                    nb = torch.distributions.NegativeBinomial(
+                        theta, logits=p.mu[i].double().log() - theta.log()
+                    )
+                    keep = torch.sigmoid(-p.pi_logits[i].double())
+                    each = torch.where(
+                        x[a] > 0,
+                        keep.log() + nb.log_prob(x[a]),
+                        (1 - keep + keep * nb.log_prob(x[a]).exp()).log(),
+                    )
+                    terms.append(each.sum() - px[a])
+                log_q = torch.logsumexp(
+                    torch.stack([qz.log_prob(z[i]).sum(1)[a].double() for a in range(4)]), 0
+                )
+                prior = torch.distributions.Normal(0, 1).log_prob(z[i]).sum().double()
+                log_w[s, i] = torch.logsumexp(torch.stack(terms), 0) + prior - log_q
+    expected = torch.softmax(log_w.reshape(-1), 0).reshape(2, 4)
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-9)
+
+
+def test_the_marginal_likelihood_is_above_the_elbo_and_rises_with_draws(model):
+    from atlasvi.infer.importance import marginal_log_likelihood
+
+    source, _ = model._source(None, slice(20))
+    block = source.read(0, 20, torch.device("cpu"))
+    one, many = (marginal_log_likelihood(model.module, block, n, 0).numpy() for n in (1, 200))
+    elbo = np.mean([model.get_elbo(indices=range(20), seed=s, return_mean=False) for s in range(50)], axis=0)
+    assert (many > elbo - 1).all() and many.mean() > elbo.mean()
+    assert many.mean() > one.mean() - 1
+
+
+def test_importance_weights_choose_rows(model):
+    how = {
+        "n_samples_overall": 20,
+        "max_cells": 5,
+        "n_mc_samples": 3,
+        "indices": range(12),
+        "return_numpy": True,
+    }
+    plain = model.get_normalized_expression(**how)
+    weighted = model.get_normalized_expression(**how, weights="importance")
+    assert weighted.shape == plain.shape == (20, N_VARS)
+    assert not np.array_equal(weighted, plain)
+    with pytest.raises(OptionError, match="one batch"):
+        model.get_normalized_expression(**how, weights="importance", transform_batch=["b1", "b2"])
+    with pytest.raises(OptionError, match="counts"):
+        model.get_normalized_expression(model.encode(), **how, weights="importance")
+
+
+def test_what_would_not_fit_is_refused_with_its_size(model, monkeypatch):
+    monkeypatch.setattr("atlasvi.infer.normalized.LARGEST_DENSE", 100_000)
+    model.get_normalized_expression()
+    for how in ({"n_samples": 2, "return_mean": False}, {"n_samples_overall": 600}):
+        with pytest.raises(OptionError, match=r"600 x 60 are 0\.0 GiB.*model\.expression"):
+            model.get_normalized_expression(**how)
 
 
 def test_decoding_leaves_weights_and_random_state_alone(model):

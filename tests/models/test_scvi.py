@@ -458,9 +458,12 @@ REFUSED = {
         "did you mean",
     ),
     "monitor": (lambda m: m.train(1, early_stopping_monitor="loss"), "loss", "elbo_validation"),
-    "overall": (lambda m: m.get_normalized_expression(n_samples_overall=9), "n_samples_overall", "cells="),
-    "draws": (lambda m: m.get_normalized_expression(n_samples=2, return_mean=False), "return_mean", "seed="),
-    "weights": (lambda m: m.get_normalized_expression(weights="x"), "weights", "docstring"),
+    "weights": (lambda m: m.get_normalized_expression(weights="x"), "weights", "importance"),
+    "importance": (
+        lambda m: m.get_normalized_expression(weights="importance"),
+        "importance",
+        "n_samples_overall=",
+    ),
     "mc": (lambda m: m.get_latent_representation(mc_samples=5), "mc_samples", "docstring"),
     "loader": (lambda m: m.get_elbo(dataloader=1), "dataloader", "Atlas"),
     "prefix": (lambda m: m.save("x", prefix="p"), "prefix", "docstring"),
@@ -508,8 +511,8 @@ def test_a_text_where_columns_are_meant_is_refused(adata):
 
 
 def test_a_result_that_does_not_fit_is_refused_with_its_size(model, monkeypatch):
-    monkeypatch.setattr("atlasvi.models.base.LARGEST_DENSE", 1000)
-    with pytest.raises(OptionError, match=r"300 cells x 60 genes .*model\.expression"):
+    monkeypatch.setattr("atlasvi.infer.normalized.LARGEST_DENSE", 1000)
+    with pytest.raises(OptionError, match=r"300 x 60 are .*model\.expression"):
         model.get_normalized_expression()
 
 

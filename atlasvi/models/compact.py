@@ -1,0 +1,225 @@
+"""Publishing an atlas without its counts, and asking what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zarr
+
+from atlasvi.errors import ObsError, StoreError
+from atlasvi.files import replacing_folder
+from atlasvi.infer.compact import (
+    CELLS,
+    INDEX,
+    MODEL,
+    RHO,
+    RhoStore,
+    fill_normalisers,
+    read_cells,
+    read_index,
+    write_cells,
+    write_index,
+)
+from atlasvi.infer.encoded import Encoded, fingerprint
+from atlasvi.models import load
+from atlasvi.models.arguments import at_least_one, one_of
+from atlasvi.models.base import CountModel
+
+if TYPE_CHECKING:
+    import anndata
+    import dask.array as da
+    import pandas as pd
+
+    from atlasvi.models.base import Data
+
+
+class CompactAtlas:
+    """A published atlas: latents and a decoder, from which anyone decodes and samples without the counts.
+
+    Whatever else the model answers, it answers of ``cells`` too, given in place of data.
+
+    Args:
+        path: of the folder.
+        model: its model.
+        cells: its latents.
+
+    Example:
+        >>> publish(model, atlas, "my.atlasvi", overwrite=True)
+        >>> compact = open_compact("my.atlasvi")
+        >>> compact.expression(genes=["G0003"])[:5].compute().shape
+        (5, 1)
+    """
+
+    def __init__(self, path: Path, model: CountModel, cells: Encoded) -> None:
+        self.path, self.model, self.cells = path, model, cells
+
+    def __repr__(self) -> str:
+        n_obs, n_vars = self.shape
+        return f"CompactAtlas({n_obs:,} cells x {n_vars:,} genes, {str(self.path)!r})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        return len(self.cells), self.model.fields.n_vars
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """The columns of obs that were published."""
+        from anndata.io import read_elem
+
+        frame: pd.DataFrame = read_elem(zarr.open_group(self.path / CELLS, mode="r")["obs"])
+        return frame
+
+    @property
+    def var_names(self) -> tuple[str, ...]:
+        """Names of the genes."""
+        return self.model.fields.var_names
+
+    @property
+    def store(self) -> RhoStore:
+        """A read-only Zarr store: an AnnData whose layer ``rho`` is decoded when it is read."""
+        return RhoStore(self.path, self.model.module, self.cells, self.model.fields.n_vars)
+
+    def to_anndata(self) -> anndata.AnnData:
+        """An AnnData with obs, var, latents in obsm, and rho as a lazy layer of dask chunks.
+
+        Example:
+            >>> publish(model, atlas, "my.atlasvi", overwrite=True)
+            >>> adata = open_compact("my.atlasvi").to_anndata()
+            >>> adata[:3].layers["rho"].compute().shape == (3, atlas.n_vars)
+            True
+        """
+        import anndata
+        import dask.array as da
+        import pandas as pd
+
+        group: Any = zarr.open_group(self.store, mode="r")
+        return anndata.AnnData(
+            obs=self.obs,
+            var=pd.DataFrame(index=list(self.var_names)),
+            obsm={key: group[f"obsm/{key}"][...] for key in ("X_scVI", "X_scVI_scale")},
+            layers={"rho": da.from_zarr(group[RHO])},
+        )
+
+    def expression(
+        self,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        return_mean: bool = True,
+        seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+    ) -> da.Array:
+        """Normalised expression as a lazy ``dask.array``: `CountModel.expression` of the published cells."""
+        return self.model.expression(
+            self.cells, cells=cells, genes=genes, transform_batch=transform_batch,
+            library_size=library_size, n_samples=n_samples, return_mean=return_mean, seed=seed,
+            precision=precision, memory_budget=memory_budget,
+        )  # fmt: skip
+
+    def sample(
+        self,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        seed: int = 0,
+        out: str | Path | None = None,
+    ) -> Any:
+        """Counts: `CountModel.posterior_predictive_sample` of the published cells."""
+        return self.model.posterior_predictive_sample(
+            self.cells, cells, transform_batch, n_samples, genes, seed=seed, out=out
+        )
+
+
+def publish(
+    model: CountModel,
+    data: Data | None = None,
+    out: str | Path = "my.atlasvi",
+    *,
+    dtype: str = "float16",
+    obs: Sequence[str] | None = None,
+    transform_batch: Sequence[str] = (),
+    n_samples: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Write latents, library sizes, normalisers, obs and the model to a folder that needs no counts.
+
+    About 80 bytes a cell with ten dimensions in float16, besides names and columns.
+
+    Args:
+        model: trained.
+        data: the cells; those of the model when ``None``.
+        out: the folder.
+        dtype: of means and scales of the latents, ``"float16"`` or ``"float32"``. Normalisers are of these,
+            so that everyone decodes the same.
+        obs: columns of obs to publish; all when ``None``.
+        transform_batch: batches whose normalisers are kept too, besides each cell's own.
+        n_samples: posterior samples (of seed 0) whose normalisers are kept.
+        overwrite: replace a published atlas that is there.
+
+    Raises:
+        StoreError: there is something already.
+        ObsError: columns that there are not, or batches that the model does not know.
+        SpaceError: the disk is full; nothing is left behind.
+
+    Example:
+        >>> publish(model, atlas, "my.atlasvi", overwrite=True)
+    """
+    out = Path(out)
+    one_of("dtype", dtype, ("float16", "float32"))
+    at_least_one("n_samples", n_samples)
+    if out.exists() and not (out / INDEX).is_file():
+        raise StoreError(f"{str(out)!r} is no published atlas and will not be replaced; name another place")
+    if out.exists() and not overwrite:
+        raise StoreError(f"there is a {str(out)!r} already; pass overwrite, or name another place")
+    codes = model._batch_codes(transform_batch or None)
+    atlas, _ = model._data(data)
+    columns = list(atlas.obs_keys if obs is None else obs)
+    for key in columns:
+        if key not in atlas.obs_keys:
+            raise ObsError(f"obs of {atlas.name} has no column {key!r}; it has {', '.join(atlas.obs_keys)}")
+    cells = model.encode(data)
+    cells.loc, cells.scale = cells.loc.astype(dtype), cells.scale.astype(dtype)
+    n_vars = model.fields.n_vars
+    fill_normalisers(model.module, cells, n_vars, (None, *codes), n_samples)
+    with replacing_folder(out) as new:
+        model.save(new / MODEL)
+        write_cells(new, atlas, cells, model.fields.var_names, columns)
+        write_index(
+            new, n_obs=len(cells), n_vars=n_vars, dtype=dtype, weights=fingerprint(model.module),
+            model=type(model).__name__,
+        )  # fmt: skip
+
+
+def open_compact(path: str | Path, *, verify: bool = True) -> CompactAtlas:
+    """Open what `publish` wrote.
+
+    Args:
+        path: the folder.
+        verify: compare the checksums of all files.
+
+    Raises:
+        StoreError: it is no published atlas.
+        CorruptError: a file is missing, or is not what it was.
+        VersionError: it was written by a newer atlasvi.
+
+    Example:
+        >>> publish(model, atlas, "my.atlasvi", overwrite=True)
+        >>> open_compact("my.atlasvi").shape == atlas.shape
+        True
+    """
+    folder = Path(path)
+    found = read_index(folder, verify=verify)
+    model = load(folder / MODEL)
+    return CompactAtlas(folder, model, read_cells(folder, found["n_vars"]))
+
+
+__all__ = ["CompactAtlas", "open_compact", "publish"]
