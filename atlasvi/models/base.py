@@ -1375,10 +1375,6 @@ class CountModel(Generic[Config, Module]):
             n_samples, seed=seed, return_mean=return_mean, precision=precision,
         )  # fmt: skip
 
-    def _must_decode(self) -> None:
-        if not isinstance(self.module, Decodes):
-            raise OptionError(f"{type(self).__name__} has no normalised expression; SCVI and DCA have")
-
     def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:
         """Cells to decode, and their names when they are asked for."""
         if isinstance(data, Encoded):
