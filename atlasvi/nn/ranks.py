@@ -21,7 +21,10 @@ def join(device: torch.device) -> None:
         return
     if not dist.is_available():
         raise OptionError("WORLD_SIZE is above 1 but this torch has no torch.distributed; run one process")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Counts and decisions are summed on the CPU, gradients where they are.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def world_size() -> int:
