@@ -17,17 +17,20 @@ that the schedule warms up, and, if asked for, penalties on a latent that tells 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from atlasvi.errors import OptionError
+from atlasvi.infer.marginal import marginal_blocks
 from atlasvi.likelihoods import by_name
-from atlasvi.models.base import CountModel, LibraryMoments, one_of
+from atlasvi.models.arguments import at_least_one
+from atlasvi.models.base import CountModel, LibraryMoments, one_of, refuse
 from atlasvi.nn.critics import BatchCritic, mmd
 from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
@@ -247,6 +250,26 @@ class SCVIModule(nn.Module):
         total = (reconstruction + weights.kl * kl_z + kl_library).mean() + self.penalty(z, minibatch)
         return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())
 
+    def log_weight(self, minibatch: Minibatch, noise: Noise) -> torch.Tensor:
+        """``(B,)`` log p(x, z, l | s) - log q(z, l | x) of one draw of z, and of l where it is latent."""
+        qz = self.encode(minibatch)
+        epsilon = noise.normal(qz.loc.shape[1], _Z)
+        z = qz.rsample(epsilon)
+        # The constants of the two normals cancel.
+        weight = (0.5 * (epsilon.square() - z.square()) + qz.scale.log()).sum(-1)
+        if not self.library_is_latent:
+            library, _ = self.library(minibatch)
+        else:
+            ql = self.encode_library(minibatch)
+            mean = self.library_log_mean[minibatch.batch_index]
+            variance = self.library_log_var[minibatch.batch_index]
+            of_library = noise.normal(1, _LIBRARY).squeeze(1)
+            log_library = ql.loc.squeeze(1) + ql.scale.squeeze(1) * of_library
+            library = log_library.exp()
+            weight = weight + 0.5 * (of_library.square() - (log_library - mean).square() / variance)
+            weight = weight + ql.scale.squeeze(1).log() - 0.5 * variance.log()
+        return self.log_likelihood(z, library, minibatch) + weight
+
     def penalty(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
         """What is added to the loss for a latent that tells batches apart; 0 by default."""
         config, total = self.config, z.new_zeros(())
@@ -457,3 +480,44 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         from atlasvi.models.query import prepare_query
 
         return prepare_query(adata, reference_model)
+
+    def get_marginal_ll(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        n_mc_samples: int = 1_000,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """Log p(x) in nats a cell, by importance sampling from q(z, l | x); the ELBO is below it.
+
+        ``log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x)``, which comes near from below as S grows (Burda et
+        al. 2016). Streamed; a draw depends on (seed, cell, sample) alone.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            n_mc_samples: S, draws for each cell.
+            batch_size: cells at a time; does not change the result.
+            return_mean: the mean over cells, or a value for each, ``(n,)`` float64.
+            seed: of the draws.
+            **unsupported: refused by name.
+
+        Raises:
+            OptionError: fewer than one draw.
+
+        Example:
+            >>> model.get_marginal_ll(n_mc_samples=20) >= model.get_elbo()
+            True
+        """
+        refuse("get_marginal_ll", unsupported)
+        at_least_one("n_mc_samples", n_mc_samples)
+        self._must_be_trained()
+        minibatches = self._minibatches(adata, indices, batch_size)
+        found = torch.cat(
+            list(marginal_blocks(self.module, minibatches, self._device, n_samples=n_mc_samples, seed=seed))
+        )
+        return float(found.mean()) if return_mean else found.numpy()

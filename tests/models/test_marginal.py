@@ -1,0 +1,89 @@
+"""log p(x) by importance sampling against the integral over a grid."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from atlasvi.errors import OptionError
+from atlasvi.models.scvi import SCVI
+
+GRID = torch.linspace(-7, 7, 1_401, dtype=torch.float64)
+
+
+@pytest.fixture
+def make(adata):
+    def build(**options):
+        SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
+        model = SCVI(adata, n_hidden=16, n_latent=1, **options)
+        model.train(3, batch_size=64, enable_progress_bar=False)
+        return model
+
+    return build
+
+
+def log_normal(x, mean, variance):
+    return -0.5 * ((x - mean) ** 2 / variance + math.log(2 * math.pi) + np.log(variance))
+
+
+@torch.no_grad()
+def integral(model, cell, library_grid=None):
+    """The sum over the grid of p(x | z, l) p(z) p(l), trapezoids being equal steps here."""
+    module = model.module
+    (minibatch,) = model._minibatches(None, [cell], None)
+    terms = []
+    width = float(GRID[1] - GRID[0])
+    for z in GRID.float().split(1):
+        if library_grid is None:
+            library, _ = module.library(minibatch)
+            value = module.log_likelihood(z[None], library, minibatch)
+            terms.append(float(value) + log_normal(float(z), 0, 1))
+            continue
+        batch = minibatch.batch_index
+        mean, variance = module.library_log_mean[batch], module.library_log_var[batch]
+        for log_library in library_grid:
+            value = module.log_likelihood(z[None], log_library.exp()[None], minibatch)
+            prior = log_normal(float(log_library), float(mean), float(variance))
+            terms.append(float(value) + log_normal(float(z), 0, 1) + prior)
+    if library_grid is not None:
+        width *= float(library_grid[1] - library_grid[0])
+    return float(torch.logsumexp(torch.tensor(terms, dtype=torch.float64), 0)) + math.log(width)
+
+
+def test_it_is_the_integral_over_z(make):
+    model = make()
+    cells = [0, 5, 9]
+    found = model.get_marginal_ll(indices=cells, n_mc_samples=2_000, return_mean=False)
+    np.testing.assert_allclose(found, [integral(model, cell) for cell in cells], atol=0.05)
+
+
+def test_of_a_latent_library_it_is_the_integral_over_both(make, monkeypatch):
+    model = make(use_observed_lib_size=False)
+    monkeypatch.setitem(globals(), "GRID", torch.linspace(-5, 5, 61, dtype=torch.float64))
+    with torch.no_grad():
+        (minibatch,) = model._minibatches(None, [3], None)
+        # After few epochs q(l | x) lies beside the posterior, and no number of draws would find it.
+        head = model.module.library_encoder
+        head.loc.weight.zero_()
+        head.loc.bias.fill_(float(minibatch.counts.row_sums().log()))
+        head.log_variance.weight.zero_()
+        head.log_variance.bias.fill_(math.log(0.3))
+        ql = model.module.encode_library(minibatch)
+        mean, scale = float(ql.loc), float(ql.scale)
+        prior = float(model.module.library_log_var[minibatch.batch_index].sqrt())
+    spread = 6 * max(scale, prior)
+    expected = integral(model, 3, torch.linspace(mean - spread, mean + spread, 161))
+    assert model.get_marginal_ll(indices=[3], n_mc_samples=4_000) == pytest.approx(expected, abs=0.1)
+
+
+def test_it_is_above_the_elbo_rises_with_samples_and_does_not_depend_on_cutting(make):
+    model = make()
+    few, many = (model.get_marginal_ll(n_mc_samples=n) for n in (2, 50))
+    assert model.get_elbo() < few < many
+    one, other = (
+        model.get_marginal_ll(n_mc_samples=3, batch_size=size, return_mean=False) for size in (7, 300)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    with pytest.raises(OptionError, match="n_mc_samples"):
+        model.get_marginal_ll(n_mc_samples=0)
