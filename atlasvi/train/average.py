@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-# Steps from one update to the next: it reads and writes all weights, as a step of Adam does.
-EVERY = 8
+# Steps from one update to the next, once there were some: it reads and writes all weights, as Adam does.
+EVERY, AT_FIRST = 8, 64
 
 
 def floating_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -33,9 +33,10 @@ class Averaged:
 
     def update(self, step: int) -> None:
         """Take the weights after ``step`` steps into account."""
-        if step % EVERY:
+        steps = 1 if step <= AT_FIRST else EVERY
+        if step % steps:
             return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** EVERY
+        decay = min(self.decay, (1 + step) / (10 + step)) ** steps
         now = floating_state(self.module)
         torch._foreach_lerp_(list(self.values.values()), [now[name] for name in self.values], 1 - decay)
 

@@ -26,7 +26,7 @@ QUIET = {"silent": True}
 def trained(data, **setup):
     atlasvi.SCVI.setup_anndata(data, gene_mask=None, **{"batch_key": "batch", **setup})
     model = atlasvi.SCVI(data, n_latent=4, n_hidden=16)
-    model.train(12, batch_size=64, plan_kwargs={"lr": 0.02}, enable_progress_bar=False)
+    model.train(12, batch_size=64, schedule="scvi-tools", plan_kwargs={"lr": 0.02}, enable_progress_bar=False)
     return model
 
 

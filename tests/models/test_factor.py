@@ -137,7 +137,7 @@ def test_what_cannot_be_is_refused(adata):
         (lambda: build(PCA, adata, transform="log"), "'log'.*log1p"),
         (lambda: fit(build(PCA, adata)).get_elbo(), "PPCA"),
         (lambda: fit(build(PPCA, adata, transform="cp10k")).get_elbo(), "log1p"),
-        (lambda: fit(build(PCA, adata)).expression(), "no normalised expression"),
+        (lambda: fit(build(PCA, adata)).expression(), "no expression of cells"),
         (lambda: fit(build(PCA, adata), plan_kwargs={}), "PCA.train.plan_kwargs"),
         (lambda: fit(build(PCA, adata), 0), "max_epochs"),
     ):

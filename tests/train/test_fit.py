@@ -284,23 +284,24 @@ def test_the_weights_kept_are_those_of_the_best_look(make):
 
 
 def test_the_average_is_of_the_weights_of_the_steps(make):
-    from atlasvi.train.average import EVERY, Averaged
+    from atlasvi.train.average import AT_FIRST, EVERY, Averaged
 
     module = make().module
     bias = module.decoder.scale.bias
     average = Averaged(module, decay=0.9)
     expected = bias.detach().clone()
-    for step in range(1, 4 * EVERY + 1):
+    for step in range(1, AT_FIRST + 3 * EVERY + 1):
         with torch.no_grad():
             bias.fill_(float(step))
         average.update(step)
-        if step % EVERY == 0:
-            decay = min(0.9, (1 + step) / (10 + step)) ** EVERY
+        steps = 1 if step <= AT_FIRST else EVERY
+        if step % steps == 0:
+            decay = min(0.9, (1 + step) / (10 + step)) ** steps
             expected = decay * expected + (1 - decay) * step
     torch.testing.assert_close(average.values["decoder.scale.bias"], expected)
     with average.applied():
         torch.testing.assert_close(bias.detach(), expected)
-    assert bool((bias == 4 * EVERY).all())
+    assert bool((bias == AT_FIRST + 3 * EVERY).all())
 
 
 def test_the_decoder_starts_at_the_genes_shares(make, adata):
