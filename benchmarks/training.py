@@ -146,9 +146,9 @@ def _serve(side: str) -> None:
 
 def _ours(setting: dict[str, Any]) -> Any:
     """The trainer's own step, on minibatches streamed from the store."""
+    import atlasvi  # isort: skip - before torch, as it sets how long torch's threads spin
     import torch
 
-    import atlasvi
     from atlasvi.stream import Epochs
     from atlasvi.train.fit import Run
 
