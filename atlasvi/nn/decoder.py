@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.nn.ranks import BatchNorm
 from atlasvi.types import Noise
 
 
@@ -48,11 +49,7 @@ class Decoder(nn.Module):
 
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:
         """``(B, 1)`` log of the sum over all genes of exp(logits), a tile of genes at a time."""
-        tiles = [
-            F.linear(h, weight, bias).logsumexp(-1, keepdim=True)
-            for weight, bias in zip(self.scale.weight.split(tile), self.scale.bias.split(tile), strict=True)
-        ]
-        return torch.cat(tiles, -1).logsumexp(-1, keepdim=True)
+        return _log_normaliser(h, *self.scale_weights(), tile)
 
 
 class LinearHead(nn.Module):
@@ -68,7 +65,7 @@ class LinearHead(nn.Module):
     def __init__(self, n_in: int, n_vars: int, *, bias: bool, batch_norm: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(n_in, n_vars, bias=bias)
-        self.norm = nn.BatchNorm1d(n_vars, momentum=0.01, eps=0.001) if batch_norm else None
+        self.norm = BatchNorm(n_vars, momentum=0.01, eps=0.001) if batch_norm else None
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """``(B, n_vars)``."""
@@ -140,9 +137,12 @@ class LinearDecoder(nn.Module):
 
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:
         """``(B, 1)`` log of the sum over all genes of exp(logits), a tile of genes at a time."""
-        weight, bias = self.scale.folded()
-        tiles = [
-            F.linear(h, w, b).logsumexp(-1, keepdim=True)
-            for w, b in zip(weight.split(tile), bias.split(tile), strict=True)
-        ]
-        return torch.cat(tiles, -1).logsumexp(-1, keepdim=True)
+        return _log_normaliser(h, *self.scale_weights(), tile)
+
+
+def _log_normaliser(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tile: int) -> torch.Tensor:
+    tiles = [
+        F.linear(h, w, b).logsumexp(-1, keepdim=True)
+        for w, b in zip(weight.split(tile), bias.split(tile), strict=True)
+    ]
+    return torch.cat(tiles, -1).logsumexp(-1, keepdim=True)
