@@ -248,15 +248,6 @@ class Starts(Protocol):
 
 
 @runtime_checkable
-class Weighs(Protocol):
-    """A module whose latent can be summed over by importance sampling."""
-
-    def log_weight(self, minibatch: Minibatch, noise: Noise) -> torch.Tensor:
-        """``(B,)`` log p(x, z) - log q(z | x) of one draw of z from q."""
-        ...
-
-
-@runtime_checkable
 class Encodes(Protocol):
     """A module that `infer.latent` can ask for q(z | x)."""
 
@@ -349,5 +340,4 @@ __all__ = [
     "Starts",
     "StepWeights",
     "Trains",
-    "Weighs",
 ]

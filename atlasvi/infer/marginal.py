@@ -1,16 +1,71 @@
-"""log p(x) of cells, by importance sampling."""
+"""The marginal log p(x) of cells, by importance sampling from their posteriors (Burda et al. 2016).
+
+Of S draws of each cell::
+
+    p(x) = 1 / S  sum over draws z_s ~ q(z | x) of  p(x | z_s) p(z_s) / q(z_s | x)
+
+and likewise over l, where it is latent.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
-from atlasvi.types import Minibatch, Noise, Weighs
+from atlasvi.infer.encoded import EncodedBlock, encode_block
+from atlasvi.types import GeneratesCounts, Minibatch, Posterior
 
 # Draws of a seed of their own: those of the ELBO are draw 0 of theirs.
 _SEED = 1 << 41
+
+
+def log_normal(z: torch.Tensor, posterior: Posterior) -> torch.Tensor:
+    """Log density of a diagonal normal at ``z``, summed over the last axis."""
+    deviation = (z - posterior.loc) / posterior.scale
+    constant = 0.5 * math.log(2 * math.pi) * z.shape[-1]
+    return -0.5 * deviation.square().sum(-1) - posterior.scale.log().sum(-1) - constant
+
+
+def log_prior(z: torch.Tensor) -> torch.Tensor:
+    """Log density of the standard normal, summed over the last axis."""
+    return log_normal(z, Posterior(torch.zeros_like(z), torch.ones_like(z)))
+
+
+@torch.no_grad()
+def marginal_log_likelihood(module: Any, block: EncodedBlock, n_samples: int, seed: int) -> torch.Tensor:
+    """``(B,)`` float64 log p(x) in nats, by importance sampling from q(z|x) (and q(l|x) where it is latent).
+
+    Args:
+        module: satisfies `types.GeneratesCounts`.
+        block: cells with their counts.
+        n_samples: draws.
+        seed: of the draws.
+    """
+    total = block.library.new_full((len(block.library),), -math.inf, dtype=torch.float64)
+    for sample in range(n_samples):
+        z = block.draw(seed, sample)
+        library = block.draw_library(seed, sample)
+        log_w = module.log_likelihood(z, library, block.cells) + log_prior(z) - log_normal(z, block.qz)
+        if block.library_scale is not None:
+            log_w += _log_library_ratio(module, block, library)
+        total = torch.logaddexp(total, log_w.double())
+    return total - math.log(n_samples)
+
+
+def _log_library_ratio(module: Any, block: EncodedBlock, library: torch.Tensor) -> torch.Tensor:
+    """Log p(l) - log q(l|x), both log-normal: what they have in common cancels."""
+    assert block.library_scale is not None
+    batch = block.cells.batch_index
+    prior = Posterior(
+        module.library_log_mean[batch].unsqueeze(1), module.library_log_var[batch].sqrt().unsqueeze(1)
+    )
+    q = Posterior(block.library.log().unsqueeze(1), block.library_scale.unsqueeze(1))
+    log_l = library.log().unsqueeze(1)
+    return log_normal(log_l, prior) - log_normal(log_l, q)
 
 
 @torch.no_grad()
@@ -22,13 +77,9 @@ def marginal_blocks(
     n_samples: int,
     seed: int,
 ) -> Iterator[torch.Tensor]:
-    """``(B,)`` float64 of each minibatch: the log of the mean of p(x, z) / q(z | x) over draws of z."""
-    assert isinstance(module, Weighs)
+    """``(B,)`` float64 of each minibatch: log p(x) in nats."""
+    assert isinstance(module, GeneratesCounts)
     module.eval()
     for minibatch in minibatches:
-        minibatch = minibatch.to(device)
-        total = torch.full((len(minibatch),), -math.inf, dtype=torch.float64, device=device)
-        for sample in range(n_samples):
-            weight = module.log_weight(minibatch, Noise(seed + _SEED, sample, minibatch.rows))
-            total = torch.logaddexp(total, weight.double())
-        yield (total - math.log(n_samples)).cpu()
+        block = encode_block(module, minibatch.to(device), np.arange(len(minibatch)))
+        yield marginal_log_likelihood(module, block, n_samples, seed + _SEED).cpu()

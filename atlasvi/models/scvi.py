@@ -250,26 +250,6 @@ class SCVIModule(nn.Module):
         total = (reconstruction + weights.kl * kl_z + kl_library).mean() + self.penalty(z, minibatch)
         return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())
 
-    def log_weight(self, minibatch: Minibatch, noise: Noise) -> torch.Tensor:
-        """``(B,)`` log p(x, z, l | s) - log q(z, l | x) of one draw of z, and of l where it is latent."""
-        qz = self.encode(minibatch)
-        epsilon = noise.normal(qz.loc.shape[1], _Z)
-        z = qz.rsample(epsilon)
-        # The constants of the two normals cancel.
-        weight = (0.5 * (epsilon.square() - z.square()) + qz.scale.log()).sum(-1)
-        if not self.library_is_latent:
-            library, _ = self.library(minibatch)
-        else:
-            ql = self.encode_library(minibatch)
-            mean = self.library_log_mean[minibatch.batch_index]
-            variance = self.library_log_var[minibatch.batch_index]
-            of_library = noise.normal(1, _LIBRARY).squeeze(1)
-            log_library = ql.loc.squeeze(1) + ql.scale.squeeze(1) * of_library
-            library = log_library.exp()
-            weight = weight + 0.5 * (of_library.square() - (log_library - mean).square() / variance)
-            weight = weight + ql.scale.squeeze(1).log() - 0.5 * variance.log()
-        return self.log_likelihood(z, library, minibatch) + weight
-
     def penalty(self, z: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
         """What is added to the loss for a latent that tells batches apart; 0 by default."""
         config, total = self.config, z.new_zeros(())
