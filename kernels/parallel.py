@@ -67,7 +67,8 @@ def in_parallel(function: Callable[..., None], n_items: int, *arguments: Any, pa
             except BaseException as error:  # C cannot pass it on: it is raised below
                 errors.append(error)
 
-    team, pid = _team(os.getpid()), os.getpid()
+    pid = os.getpid()
+    team = _team(pid)
     if team is not None:
         team(_Work(work), None, parts, 0)
     else:

@@ -128,8 +128,8 @@ class Run:
             # Of no cells the mean is no number, and it has no gradient.
             loss = loss.nan_to_num(0.0) if n_obs == 0 else loss * (n_obs / n)
         loss.backward()
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
         if ranks.world_size() > 1:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
@@ -148,13 +148,14 @@ class Run:
 
     def keep_best(self) -> None:
         """Keep the weights of the last look if no look before was better."""
-        values = [check.elbo_validation for check in self.progress.checks]
+        values, _ = self.progress.monitored("elbo_validation")
         if values[-1] <= min(values):
             state = floating_state(self.module) if self.average is None else self.average.values
-            if not self.best:
+            if self.best:  # in their own memory, not in that of a second copy
+                for name, value in state.items():
+                    self.best[name].copy_(value)
+            else:
                 self.best = {name: value.clone() for name, value in state.items()}
-            for name, value in state.items():
-                self.best[name].copy_(value)
 
     def finish(self) -> None:
         """Put in the weights to keep: the best, if they were looked for, or the averaged."""
