@@ -6,14 +6,15 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from .addresses import copy_bytes, pointer
 from .csr import CSR
+from .parallel import in_parallel, n_threads
 
+# Bytes of indices: a tenth of a millisecond of copying.
+_WORTH_A_THREAD = 1 << 19
 _KEPT = 3  # addresses a matrix: of indptr, indices and data
 
 
@@ -75,8 +76,13 @@ class RowPool:
         self._arrays[slot] = None
         self._addresses[slot] = 0
 
-    def take(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> CSR:
+    def take(self, slots: NDArray[np.int64], rows: NDArray[np.int64], *, alone: bool = True) -> CSR:
         """Row ``rows[i]`` of matrix ``slots[i]``, for all i, copied.
+
+        Args:
+            slots: ``(n,)``, numbers that `add` gave.
+            rows: ``(n,)``, of these matrices.
+            alone: whether to use all threads; a caller beside whom others read is better off with its own.
 
         Raises:
             IndexError: a number that no matrix has, or a row outside it.
@@ -93,9 +99,10 @@ class RowPool:
         _count(self._addresses, slots, rows, out_indptr)
         index_type, data_type = self._types or (np.dtype(np.int32), np.dtype(np.float32))
         indices, data = np.empty(out_indptr[-1], index_type), np.empty(out_indptr[-1], data_type)
-        _copy(
-            self._addresses, slots, rows, out_indptr, np.uint64(indices.ctypes.data),
+        in_parallel(
+            _copy, len(rows), self._addresses, slots, rows, out_indptr, np.uint64(indices.ctypes.data),
             np.uint64(data.ctypes.data), index_type.itemsize, data_type.itemsize,
+            parts=n_threads(indices.nbytes // _WORTH_A_THREAD) if alone else 1,
         )  # fmt: skip
         return CSR.from_numpy(out_indptr, indices, data, self.n_vars)
 
@@ -105,44 +112,20 @@ class RowPool:
         self._addresses[slot] = [a.ctypes.data for a in kept]
 
 
-def _intrinsic(function: Any) -> Any:
-    return intrinsic(function)
-
-
-@_intrinsic
-def _pointer(_context, address):  # type: ignore[no-untyped-def]
-    """An address as a pointer."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.uint64), codegen
-
-
 @numba.njit(error_model="numpy", nogil=True, cache=True)
 def _count(addresses, slots, rows, out_indptr):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
-        indptr = carray(_pointer(addresses[slots[i], 0]), (rows[i] + 2,), np.int64)
+        indptr = carray(pointer(addresses[slots[i], 0]), (rows[i] + 2,), np.int64)
         out_indptr[i + 1] = out_indptr[i] + indptr[rows[i] + 1] - indptr[rows[i]]
 
 
-@_intrinsic
-def _copy_bytes(_context, target, source, n):  # type: ignore[no-untyped-def]
-    """What the C library does best: ``n`` bytes from one address to another."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        to, of = (builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in args[:2])
-        cgutils.raw_memcpy(builder, to, of, args[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.uint64, types.int64), codegen
-
-
 @numba.njit(error_model="numpy", nogil=True, cache=True)
-def _copy(addresses, slots, rows, out_indptr, indices, data, index_size, data_size):  # type: ignore[no-untyped-def]
-    for i in range(len(rows)):
+def _copy(  # type: ignore[no-untyped-def]
+    part, start, stop, addresses, slots, rows, out_indptr, indices, data, index_size, data_size
+):
+    for i in range(start, stop):
         slot = slots[i]
-        first = carray(_pointer(addresses[slot, 0]), (rows[i] + 2,), np.int64)[rows[i]]
+        first = carray(pointer(addresses[slot, 0]), (rows[i] + 2,), np.int64)[rows[i]]
         n, to = out_indptr[i + 1] - out_indptr[i], out_indptr[i]
         for k, out, size in ((1, indices, index_size), (2, data, data_size)):
-            _copy_bytes(out + np.uint64(to * size), addresses[slot, k] + np.uint64(first * size), n * size)
+            copy_bytes(out + np.uint64(to * size), addresses[slot, k] + np.uint64(first * size), n * size)

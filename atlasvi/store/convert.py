@@ -354,7 +354,7 @@ def _entries_of(source: Source) -> tuple[int, int]:
 
 def _shard_writer(group: Any, key: str, layout: Layout, dtype: np.dtype[Any], fill: int) -> ShardWriter:
     """Make an array and what writes its shards."""
-    compressors = codecs(bits=key == "data")
+    compressors = codecs(counts=dtype if key == "data" else None)
     # What is nothing but the fill value is left out by whoever writes through zarr. No entry has that value,
     # so every chunk and shard is written, and one that is missing is a fault.
     array = group.create_array(

@@ -168,15 +168,15 @@ class RemoteVector(ShardedVector):
         path = self._path(k)
         return nullcontext(_RemoteFile(path.store, path.path, self._tails, k))
 
-    def _read(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
+    def _read_pieces(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
         is_kept = k in self._tails
         try:
-            super()._read(k, start, stop, out)
+            super()._read_pieces(k, start, stop, out)
         except DamagedShard:
             self._tails.pop(k, None)
             if not is_kept:
                 raise
-            super()._read(k, start, stop, out)
+            super()._read_pieces(k, start, stop, out)
 
 
 def side_by_side(one: RemoteVector, other: RemoteVector, run: slice) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -23,6 +23,7 @@ from atlasvi.store.remote import RemoteStore, RemoteVector, side_by_side
 from atlasvi.store.shards import DamagedShard, ShardedVector
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+_COUNTS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
 _config_lock = threading.Lock()
 
 
@@ -67,6 +68,8 @@ def plain(values: NDArray[Any], place: str) -> NDArray[Any]:
     Raises:
         OptionError: values that are not real numbers.
     """
+    if values.dtype in _COUNTS:
+        return values
     if values.dtype.kind not in "biuf":
         raise OptionError(f"{place} holds {values.dtype} where counts must be numbers; convert it first")
     if not values.dtype.isnative:
@@ -181,7 +184,8 @@ class SparseRows:
 
     def read(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``."""
-        first, last = int(self.indptr[start]), int(self.indptr[stop])
+        offsets = self.indptr[start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
         try:
             with reading(self._place, start, stop):
                 indices, data = self._entries(slice(first, last))
@@ -199,9 +203,7 @@ class SparseRows:
                 f"{self._place}: a column outside 0 to {self.shape[1] - 1} in rows {start} to {stop}; "
                 "the file is damaged, write it again"
             )
-        return CSR.from_numpy(
-            self.indptr[start : stop + 1] - first, indices, plain(data, self._place), self.shape[1]
-        )
+        return CSR.from_numpy(offsets - first, indices, plain(data, self._place), self.shape[1])
 
     def _entries(self, run: slice) -> tuple[NDArray[Any], NDArray[Any]]:
         if isinstance(self._indices, RemoteVector) and isinstance(self._data, RemoteVector):

@@ -31,6 +31,8 @@ class ShardWriter:
     def __init__(self, folder: Path, array: Any, codec: BloscCodec) -> None:
         self._folder, self._fill = folder / "c", array.fill_value
         self._chunk, self._n_chunks = array.chunks[0], array.shards[0] // array.chunks[0]
+        # Where the codec was not told the size of what it puts together, that of an entry.
+        self._unit = np.dtype(f"u{max(codec.typesize, array.dtype.itemsize)}")
         self._how = codec.cname.value.encode(), codec.clevel, _SHUFFLES[codec.shuffle.value]
         self._folder.mkdir(exist_ok=True)
 
@@ -51,7 +53,7 @@ class ShardWriter:
                     chunk = np.concatenate(
                         [chunk, np.full(self._chunk - len(chunk), self._fill, chunk.dtype)]
                     )
-                index[c] = at, _write_checked(file, blosc.compress(chunk, *self._how))
+                index[c] = at, _write_checked(file, blosc.compress(chunk.view(self._unit), *self._how))
                 at += int(index[c, 1])
             _write_checked(file, index.tobytes())
 

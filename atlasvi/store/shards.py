@@ -2,9 +2,10 @@
 
 A block of cells is a run of entries that covers some inner chunks of one or two shards. Asked through zarr,
 most of the time goes into describing these chunks, in Python; here a shard is opened, its index and the
-chunks wanted are read in one piece each, and every chunk is checked (CRC-32C) and decoded into its place
-without the GIL. The files stay plain Zarr; an array that is laid out otherwise is read through zarr. A chunk
-or shard that is not there would be the fill value elsewhere; counts are never all that, so it is damage.
+chunks wanted are read, and every chunk is checked (CRC-32C) and decoded into its place, on a local disk in
+one call (`atlasvi.store.chunks`). The files stay plain Zarr; an array that is laid out otherwise is read
+through zarr. A chunk or shard that is not there would be the fill value elsewhere; counts are never all that,
+so it is damage.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc, zstd
 from numpy.typing import NDArray
+
+from atlasvi.store.chunks import read_chunks
 
 Decode: TypeAlias = Callable[[Any, Any], Any]
 
@@ -107,6 +110,8 @@ class ShardedVector:
         decode: Decode | None,
     ) -> None:
         self.folder, self.shape, self.dtype = folder, shape, dtype
+        self._is_fast = isinstance(folder, Path) and decode in (None, blosc.decompress)
+        self._prefix = os.path.join(folder, "c", "") if self._is_fast else ""
         self._shard, self._chunk, self._decode = shard, chunk, decode
 
     @classmethod
@@ -153,6 +158,15 @@ class ShardedVector:
 
     def _read(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
         """Entries ``start`` to ``stop`` of the vector, all of them in shard ``k``."""
+        size, first = self.dtype.itemsize, start - k * self._shard
+        chunks, chunk_bytes = self._shard // self._chunk, self._chunk * size
+        if not self._is_fast or not read_chunks(
+            f"{self._prefix}{k}", chunks, chunk_bytes, first * size, out, is_blosc=self._decode is not None
+        ):
+            self._read_pieces(k, start, stop, out)
+
+    def _read_pieces(self, k: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        """The same in Python, which says what is wrong."""
         base, chunk = k * self._shard, self._chunk
 
         def damaged(fault: str) -> DamagedShard:

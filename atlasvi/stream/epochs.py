@@ -16,7 +16,15 @@ from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
 from atlasvi.stream.blocks import check_positions, each, in_atlas, reader
 from atlasvi.stream.minibatch import gather, pack
-from atlasvi.stream.plan import EpochPlan, as_budget, blocks_ahead, default_sizes, ordered_rows, plan_epoch
+from atlasvi.stream.plan import (
+    EpochPlan,
+    as_budget,
+    blocks_ahead,
+    default_sizes,
+    minibatches_together,
+    ordered_rows,
+    plan_epoch,
+)
 from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on
 from atlasvi.types import Minibatch
 
@@ -114,6 +122,7 @@ class Epochs:
                 "once they are read", f"{self.n_obs:,}", n_bytes / 1e6,
             )  # fmt: skip
         self.plan(0)  # which says what is wrong with the numbers
+        self._together = minibatches_together(bytes_per_row, batch_size, budget)
 
     @property
     def n_obs(self) -> int:
@@ -170,13 +179,15 @@ class Epochs:
             raise OptionError(f"start={start} of an epoch of {plan.n_minibatches} minibatches")
         lanes = range(self._rank, plan.n_lanes, self._world_size)
         units = plan.schedule(lanes, start)
+        # What is in memory is had at once: no thread is worth its while.
+        workers = 0 if self._kept is not None and self.is_kept else self._workers
         if self._client is None:
-            # What is in memory is had at once: no thread is worth its while.
-            workers = 0 if self._kept is not None and self.is_kept else self._workers
             read = read_units(self._read, units, num_workers=workers, ahead=self._ahead)
         else:
             read = read_units_on(self._client, self._atlas, self._at, units, ahead=self._ahead)
-        return in_atlas(gather(read, units, plan, self._atlas.n_vars, lanes, start), self._at)
+        n_vars, together = self._atlas.n_vars, self._together
+        pieces = gather(read, units, plan, n_vars, lanes, start, together, alone=not workers)
+        return in_atlas(pieces, self._at)
 
 
 class KeptBlocks:

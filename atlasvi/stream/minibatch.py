@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from itertools import pairwise
 from typing import TypeAlias
 
+import numba
 import numpy as np
 import torch
 from atlasvi_kernels import CSR, RowPool
@@ -41,45 +43,87 @@ class _Held:
         self._index()
         return ended
 
-    def draw(self, before: Positions, after: Positions) -> tuple[Positions, Positions, Positions]:
-        """Slot, row and position of the cells that come after ``before`` and up to ``after``, by lane."""
-        low = np.maximum(before[self._lane], self._first)
-        each = np.maximum(np.minimum(after[self._lane], self._last) - low, 0)
-        begin = low - self._first
-        runs = zip(self._orders, begin.tolist(), (begin + each).tolist(), strict=True)
-        rows = np.concatenate([np.empty(0, np.int64), *(order[a:b] for order, a, b in runs)])
-        return np.repeat(self._slot, each), rows, np.repeat(self._start, each) + rows
+    def draw(self, taken: Positions) -> tuple[Positions, Positions, Positions, Positions]:
+        """The cells of some minibatches: slot, row and position of each, and where each minibatch begins.
+
+        Args:
+            taken: ``(n + 1, n_lanes)``, the rows of each lane that come before minibatch ``i``.
+        """
+        return _draw(taken, self._lane, self._first, self._last, self._start, self._slot, self._orders)
 
     def _index(self) -> None:
         table = [(unit.lane, unit.first, unit.last, unit.start, slot) for unit, slot, _ in self._units]
         columns = np.array(table, np.int64).reshape(-1, 5).T
         self._lane, self._first, self._last, self._start, self._slot = columns
-        self._orders = [order for _, _, order in self._units]
+        self._orders = np.concatenate([np.empty(0, np.int64), *(order for _, _, order in self._units)])
+
+
+@numba.njit(error_model="numpy", nogil=True, cache=True)
+def _draw(taken, lane, first, last, start, slot, orders):  # type: ignore[no-untyped-def]
+    n = len(taken) - 1
+    begins = np.zeros(n + 1, np.int64)
+    for i in range(n):
+        begins[i + 1] = begins[i]
+        for u in range(len(lane)):
+            each = min(taken[i + 1, lane[u]], last[u]) - max(taken[i, lane[u]], first[u])
+            begins[i + 1] += max(each, 0)
+    slots, rows, positions = np.empty((3, begins[n]), np.int64)
+    k = 0
+    for i in range(n):
+        order = 0
+        for u in range(len(lane)):
+            low = max(taken[i, lane[u]], first[u]) - first[u]
+            high = min(taken[i + 1, lane[u]], last[u]) - first[u]
+            for row in orders[order + low : order + max(high, low)]:
+                slots[k], rows[k], positions[k] = slot[u], row, start[u] + row
+                k += 1
+            order += last[u] - first[u]
+    return slots, rows, positions, begins
 
 
 def gather(
-    read: Generator[CSR], units: list[Unit], plan: EpochPlan, n_vars: int, lanes: range, start: int
+    read: Generator[CSR],
+    units: list[Unit],
+    plan: EpochPlan,
+    n_vars: int,
+    lanes: range,
+    start: int,
+    together: int = 1,
+    *,
+    alone: bool = False,
 ) -> Generator[tuple[CSR, Positions]]:
-    """Minibatches drawn from the lanes, lane after lane; a unit is let go when its last row is drawn."""
+    """Minibatches drawn from the lanes, lane after lane; a unit is let go when its last row is drawn.
+
+    Args:
+        read: the units, decoded.
+        units: of these lanes, as `EpochPlan.schedule` has them.
+        plan: of the epoch.
+        n_vars: number of genes.
+        lanes: to draw from.
+        start: minibatch to begin with.
+        together: minibatches that are gathered in one go, and share their memory.
+        alone: whether nobody reads beside.
+    """
     pool, held, coming = RowPool(n_vars), _Held(), iter(units)
     mine = np.array(lanes, np.int64)
     with closing(read):
         before = plan.taken(start)
         come = before.copy()  # rows of each lane in the units that have come
-        for i in range(start, plan.n_minibatches):
-            after = plan.taken(i + 1)
-            new = []
-            while (after[mine] > come[mine]).any():
+        for first in range(start, plan.n_minibatches, together):
+            stop = min(first + together, plan.n_minibatches)
+            taken = np.stack([before, *(plan.taken(i + 1) for i in range(first, stop))])
+            before, new = taken[-1], []
+            while (before[mine] > come[mine]).any():
                 unit = next(coming)
                 new.append((unit, pool.add(next(read)), plan.order(unit)))
                 come[unit.lane] = unit.last
             held.add(new)
-            slots, rows, positions = held.draw(before, after)
-            piece = pool.take(slots, rows)
-            for slot in held.let_go(after):
+            slots, rows, positions, begins = held.draw(taken)
+            piece = pool.take(slots, rows, alone=alone or come.sum() >= plan.n_visits)
+            for slot in held.let_go(before):
                 pool.drop(slot)
-            before = after
-            yield piece, positions
+            for low, high in pairwise(begins.tolist()):
+                yield piece.row_range(low, high), positions[low:high]
             del piece
 
 

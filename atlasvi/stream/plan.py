@@ -14,10 +14,13 @@ never comes. Blocks without a cell that comes are not read.
 
 from __future__ import annotations
 
+import heapq
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +44,7 @@ _LEAST_BLOCK_ROWS = 64
 _MIN_TAIL = 3
 _DEAL, _LANE, _WEIGHTS, _ROWS = 0, 1, 1 << 30, 1 << 31  # streams of random numbers
 _DRAWN_AT_ONCE = 1 << 16
+_MOST_TOGETHER = 32
 
 Positions = NDArray[np.int64]
 
@@ -156,18 +160,7 @@ class EpochPlan:
         n = self.lane_rows
         if total in (0, self.n_visits):
             return n.copy() if total else np.zeros_like(n)
-        # Those that surely come before, then the earliest of the next few of each lane.
-        spare = 2 + n * len(n) // self.n_visits
-        counts: Positions = np.maximum(np.ceil(total / self.n_visits * n - 0.5).astype(np.int64) - spare, 0)
-        while (missing := total - int(counts.sum())) > 0:
-            ahead = counts[:, None] + np.arange(8)
-            when = np.where(ahead < n[:, None], (ahead + 0.5) / np.maximum(n[:, None], 1), np.inf)
-            # What lies behind the last row looked at of some lane waits for the next round.
-            horizon = np.where(ahead[:, -1] < n - 1, when[:, -1], np.inf).min()
-            order = np.argsort(when, axis=None, kind="stable")[:missing]
-            chosen = order[when.ravel()[order] <= horizon]
-            counts += np.bincount(chosen // 8, minlength=len(n))
-        return counts
+        return _taken(n, total, self.n_visits)
 
     def positions(self, i: int, lanes: range | None = None) -> Positions:
         """The positions of minibatch ``i``, or of it what some lanes have, lane after lane."""
@@ -371,12 +364,21 @@ def default_sizes(
 
 
 def blocks_ahead(bytes_per_row: float, block_rows: int, workers: int, memory_budget: int) -> int:
-    """Blocks that may be read before they are needed: two a worker, within a quarter of the budget.
+    """Blocks that may be read before they are needed: eight a worker, within a quarter of the budget.
 
     Twice, since reading a block takes about as much again as the block. The order does not depend on it.
     """
     rows = _rows_within(2 * bytes_per_row, memory_budget // 4)
-    return max(1, min(2 * workers, rows // block_rows))
+    return max(1, min(8 * workers, rows // block_rows))
+
+
+def minibatches_together(bytes_per_row: float, batch_size: int, memory_budget: int) -> int:
+    """Minibatches that are gathered in one go, within a sixteenth of the budget, or one.
+
+    One after the other they would be mostly calls. What was gathered before may still be in use.
+    """
+    rows = _rows_within(bytes_per_row, memory_budget // 16)
+    return max(1, min(_MOST_TOGETHER, rows // batch_size))
 
 
 def ordered_rows(bytes_per_row: float, workers: int, memory_budget: int = MEMORY_BUDGET) -> int:
@@ -399,7 +401,33 @@ def _rows_within(bytes_per_row: float, budget: int) -> int:
     return max(1, int(budget / max(bytes_per_row, 1.0)))
 
 
+@numba.njit(error_model="numpy", nogil=True, cache=True)
+def _taken(n, total, n_visits):  # type: ignore[no-untyped-def]
+    """Of lanes of ``n`` rows each, how many of each are among the first ``total`` of all."""
+    # Those that surely come before, then one after the other.
+    spare = 2 + n * len(n) // n_visits
+    taken = np.maximum(np.ceil(total / n_visits * n - 0.5).astype(np.int64) - spare, 0)
+    nearest = [((taken[lane] + 0.5) / n[lane], lane) for lane in range(len(n)) if taken[lane] < n[lane]]
+    heapq.heapify(nearest)
+    for _ in range(total - taken.sum()):
+        lane = nearest[0][1]
+        taken[lane] += 1
+        when = (taken[lane] + 0.5) / n[lane] if taken[lane] < n[lane] else np.inf
+        heapq.heapreplace(nearest, (when, lane))
+    return taken
+
+
+_own = threading.local()
+
+
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    """Random numbers that belong to (seed, epoch, stream), whatever was drawn before."""
+    """Random numbers that belong to (seed, epoch, stream), until this thread asks for others."""
+    if not hasattr(_own, "generator"):
+        # To make one asks the system for entropy, which takes longer than what is drawn from it.
+        _own.generator = np.random.Generator(np.random.Philox(key=np.zeros(2, np.uint64)))
+        _own.fresh = _own.generator.bit_generator.state
     key = np.array([seed, (epoch << 32) | stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
+    fresh = _own.fresh
+    _own.generator.bit_generator.state = {**fresh, "state": {**fresh["state"], "key": key}}
+    generator: np.random.Generator = _own.generator
+    return generator

@@ -29,11 +29,14 @@ ReadBlock = Callable[[int, int], CSR]
 
 # A task that Dask knows of takes about 8 kB.
 _AT_ONCE = 256
+# A task of Dask's costs a fifth of a millisecond, in which a thousand rows are read.
+_TASK_ROWS = 4096
 
 
 def default_workers() -> int:
-    """Readers used unless told otherwise: one a core, at most four."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Readers used unless told otherwise: one a core but for that of the consumer, at most four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, max(1, cores - 1))
 
 
 def count_workers(num_workers: int | None, client: distributed.Client | None = None) -> int:
@@ -122,10 +125,10 @@ def _as_csr(blocks: Generator[tuple[NDArray[Any], NDArray[Any], NDArray[Any], in
 
 
 def _read_ahead(read: ReadBlock, units: list[Unit], num_workers: int, ahead: int) -> Generator[CSR]:
-    window = _Window(len(units), ahead)
+    window = _Window(read, units, ahead)
     pool = _Readers(num_workers)
     scheduler = threading.Thread(
-        target=_schedule, args=(read, units, pool, window), name="atlasvi-decode", daemon=True
+        target=_schedule, args=(window, units, num_workers, pool), name="atlasvi-decode", daemon=True
     )
 
     def finish() -> None:
@@ -148,32 +151,35 @@ class _Window:
     """Units on their way from the readers to the consumer: at most ``ahead`` begun and not taken.
 
     Which unit a reader begins is decided here and not by the scheduler, so that no order of its tasks can
-    fill the window with later units while the consumer waits for an earlier one.
+    fill the window with later units while the consumer waits for an earlier one. A consumer who would have to
+    wait reads too: so one reader and a consumer who does little else keep two cores busy.
     """
 
-    def __init__(self, n: int, ahead: int) -> None:
-        self._n, self._ahead = n, ahead
+    def __init__(self, read: ReadBlock, units: list[Unit], ahead: int) -> None:
+        self._read, self._units, self._ahead = read, units, ahead
         self._begun = self._taken = 0
         self._here: dict[int, CSR | BaseException] = {}
         self._closed = False
         self._changed = threading.Condition()
 
-    def begin(self) -> int | None:
-        """The next unit to read, once there is room for it; ``None`` where nobody wants it any more."""
+    def read_next(self) -> bool:
+        """Read the next unit, once there is room for it; ``False`` where nobody wants it any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._begun < self._taken + self._ahead)
-            if self._closed or self._begun == self._n:
-                return None
-            self._begun += 1
-            return self._begun - 1
-
-    def put(self, i: int, item: CSR | BaseException) -> None:
-        with self._changed:
-            self._here[i] = item
-            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._has_room)
+            if self._closed or self._begun == len(self._units):
+                return False
+            i = self._begin()
+        self._fetch(i)
+        return True
 
     def take(self, i: int) -> CSR:
         """Unit ``i``, once it is here. What went wrong with it is raised."""
+        while True:
+            with self._changed:
+                if i in self._here or self._begun == len(self._units) or not self._has_room:
+                    break
+                ours = self._begin()
+            self._fetch(ours)
         with self._changed:
             self._changed.wait_for(lambda: i in self._here)
             item = self._here.pop(i)
@@ -186,6 +192,23 @@ class _Window:
     def close(self) -> None:
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def _has_room(self) -> bool:
+        return self._begun < self._taken + self._ahead
+
+    def _begin(self) -> int:
+        self._begun += 1
+        return self._begun - 1
+
+    def _fetch(self, i: int) -> None:
+        try:
+            item: CSR | BaseException = self._read(self._units[i].start, self._units[i].stop)
+        except BaseException as error:  # for the consumer to raise
+            item = error
+        with self._changed:
+            self._here[i] = item
             self._changed.notify_all()
 
 
@@ -229,19 +252,18 @@ class _Readers(Executor):
             del call
 
 
-def _schedule(read: ReadBlock, units: list[Unit], pool: Executor, window: _Window) -> None:
-    """The body of the thread that runs Dask: a task a unit."""
+def _schedule(window: _Window, units: list[Unit], num_workers: int, pool: Executor) -> None:
+    """The body of the thread that runs Dask: a task for some units, thousands of rows."""
+    rows = max((unit.stop - unit.start for unit in units), default=1)
+    at_once = min(-(-_TASK_ROWS // rows), max(1, -(-len(units) // num_workers)))
 
-    def read_next() -> None:
-        i = window.begin()
-        if i is None:
-            return
-        try:
-            window.put(i, read(units[i].start, units[i].stop))
-        except BaseException as error:  # for the consumer to raise
-            window.put(i, error)
+    def read_some() -> None:
+        for _ in range(at_once):
+            if not window.read_next():
+                return
 
     # Its own pool and the threaded scheduler, whatever Dask is set to elsewhere in the process.
-    for first in range(0, len(units), _AT_ONCE):
-        graph = {f"atlasvi-read-{i}": (read_next,) for i in range(first, min(first + _AT_ONCE, len(units)))}
+    tasks = range(-(-len(units) // at_once))
+    for first in range(0, len(tasks), _AT_ONCE):
+        graph = {f"atlasvi-read-{k}": (read_some,) for k in tasks[first : first + _AT_ONCE]}
         get(graph, list(graph), pool=pool)
