@@ -438,6 +438,17 @@ class Atlas:
         """Whether `ingest` has made sure that these are counts; what nobody did is checked when read."""
         return self._source.is_checked
 
+    def lies_at_random(self, positions: NDArray[np.integer] | None = None) -> bool:
+        """Whether cells lie in a random order: the store was ingested so, and nothing has sorted them since.
+
+        Args:
+            positions: ``(n,)``, of the cells in question; all of this view when ``None``.
+        """
+        if not self._source.is_shuffled:
+            return False
+        rows = self._rows if positions is None else self.numbers_of(positions)
+        return rows is None or bool((rows[1:] > rows[:-1]).all())
+
     def check_counts(self, at_most: int = 100_000) -> None:
         """Look at the entries of some cells before they are needed; the rest is checked as it is read.
 

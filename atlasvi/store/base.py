@@ -46,6 +46,8 @@ class Source(abc.ABC):
     path: Path | None = None
     is_checked: bool = False
     """Whether every entry is known to be a count, as where `ingest` made it; else it is checked as read."""
+    is_shuffled: bool = False
+    """Whether the cells are known to lie in a random order, as where `ingest` was told to shuffle them."""
     by_genes: bool = False
     """Whether the counts are stored by genes, and put into rows on disk before the first can be read."""
 

@@ -241,6 +241,7 @@ class GroupSource(Source):
         self._group, self._name, self.path, self.layer, self._scratch = group, name, path, layer, scratch
         self._format = dict(group.attrs).get("atlasvi")
         self.is_checked = self._format is not None
+        self.is_shuffled = self._format is not None and bool(self._format["shuffle"])
         if self._format is not None and int(self._format["format"]) > FORMAT:
             raise StoreError(
                 f"{name!r} has format {self._format['format']}, made by a newer atlasvi; this one reads "

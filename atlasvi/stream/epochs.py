@@ -107,7 +107,9 @@ class Epochs:
         self._workers = count_workers(num_workers, client)
         budget, bytes_per_row = as_budget(memory_budget), atlas.bytes_per_row
         if shuffle:
-            self._block_rows, self._n_lanes = default_sizes(bytes_per_row, budget, self.n_obs)
+            self._block_rows, self._n_lanes = default_sizes(
+                bytes_per_row, budget, self.n_obs, is_shuffled=atlas.lies_at_random(self._at)
+            )
             self._ahead = blocks_ahead(bytes_per_row, self._block_rows, self._workers, budget)
         else:
             self._block_rows, self._n_lanes = ordered_rows(bytes_per_row, self._workers, budget), 1

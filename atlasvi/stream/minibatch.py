@@ -49,7 +49,10 @@ class _Held:
         Args:
             taken: ``(n + 1, n_lanes)``, the rows of each lane that come before minibatch ``i``.
         """
-        return _draw(taken, self._lane, self._first, self._last, self._start, self._slot, self._orders)
+        drawn: tuple[Positions, Positions, Positions, Positions] = _draw(
+            taken, self._lane, self._first, self._last, self._start, self._slot, self._orders
+        )
+        return drawn
 
     def _index(self) -> None:
         table = [(unit.lane, unit.first, unit.last, unit.start, slot) for unit, slot, _ in self._units]

@@ -31,6 +31,7 @@ MEMORY_BUDGET = 256 << 20
 """Bytes that the blocks and minibatches of one stream may take together, unless told otherwise."""
 
 MAX_LANES = 64
+SHUFFLED_LANES = 32
 # Cells in order need no wide reading, which is there to mix them.
 _ORDERED_BUDGET = 8 << 20
 # Eight chunks of a store: of less, much is decoded and left. Small cells take no more than so many.
@@ -40,6 +41,9 @@ _MAX_BLOCK_ROWS = 4096
 # Fewer lanes mix badly: below that, blocks become smaller instead.
 _FEW_LANES = 16
 _LEAST_BLOCK_ROWS = 64
+# Of cells in a random order any few blocks are a sample; of blocks of twenty chunks little is left unused.
+_SHUFFLED_BYTES = 4 << 20
+_FEW_SHUFFLED_LANES = 4
 # Batch norm divides by the variance over a minibatch: a last one of 1 or 2 cells would upset it.
 _MIN_TAIL = 3
 _DEAL, _LANE, _WEIGHTS, _ROWS = 0, 1, 1 << 30, 1 << 31  # streams of random numbers
@@ -160,7 +164,8 @@ class EpochPlan:
         n = self.lane_rows
         if total in (0, self.n_visits):
             return n.copy() if total else np.zeros_like(n)
-        return _taken(n, total, self.n_visits)
+        taken: Positions = _taken(n, total, self.n_visits)
+        return taken
 
     def positions(self, i: int, lanes: range | None = None) -> Positions:
         """The positions of minibatch ``i``, or of it what some lanes have, lane after lane."""
@@ -337,30 +342,42 @@ def as_budget(memory_budget: int | str | None) -> int:
 
 
 def default_sizes(
-    bytes_per_row: float, memory_budget: int = MEMORY_BUDGET, n_rows: int | None = None
+    bytes_per_row: float,
+    memory_budget: int = MEMORY_BUDGET,
+    n_rows: int | None = None,
+    *,
+    is_shuffled: bool = False,
 ) -> tuple[int, int]:
     """``(block_rows, n_lanes)`` such that a stream stays within a budget.
 
-    A block of each lane is held: half of the budget. The other half is for blocks that are being read, and
-    for minibatches. Few cells are cut into smaller blocks, so that there are lanes to mix them.
+    A block of each lane is held: at most half of the budget. The other half is for blocks that are being
+    read, and for minibatches. Few cells are cut into smaller blocks, so that there are lanes to mix them.
 
     Args:
         bytes_per_row: mean size of a decoded cell.
         memory_budget: bytes for the stream.
         n_rows: number of cells to visit, where it is known.
+        is_shuffled: whether cells lie in a random order: fewer blocks do then, of a size that reads well.
 
     Example:
         >>> default_sizes(3000.0), default_sizes(3000.0, n_rows=10_000)
         ((699, 64), (157, 64))
+        >>> default_sizes(3000.0, is_shuffled=True)
+        (1398, 32)
     """
     rows = _rows_within(bytes_per_row, memory_budget // 2)
-    # All lanes there may be, before blocks grow: beyond that larger blocks mean fewer, longer reads.
-    efficient = min(_MIN_BLOCK_ROWS, _rows_within(bytes_per_row, _EFFICIENT_BYTES))
-    smallest = max(_LEAST_BLOCK_ROWS, min(efficient, rows // _FEW_LANES))
-    block_rows = min(max(smallest, rows // MAX_LANES), _MAX_BLOCK_ROWS)
+    if is_shuffled:
+        most_lanes = SHUFFLED_LANES
+        block_rows = min(_rows_within(bytes_per_row, _SHUFFLED_BYTES), rows // _FEW_SHUFFLED_LANES)
+    else:
+        most_lanes = MAX_LANES
+        # All lanes there may be, before blocks grow: beyond that larger blocks mean fewer, longer reads.
+        efficient = min(_MIN_BLOCK_ROWS, _rows_within(bytes_per_row, _EFFICIENT_BYTES))
+        block_rows = max(min(efficient, rows // _FEW_LANES), rows // MAX_LANES)
+    block_rows = min(max(block_rows, _LEAST_BLOCK_ROWS), _MAX_BLOCK_ROWS)
     if n_rows is not None:
-        block_rows = min(block_rows, max(_LEAST_BLOCK_ROWS, -(-n_rows // MAX_LANES)))
-    return block_rows, min(MAX_LANES, max(2, rows // block_rows))
+        block_rows = min(block_rows, max(_LEAST_BLOCK_ROWS, -(-n_rows // most_lanes)))
+    return block_rows, min(most_lanes, max(2, rows // block_rows))
 
 
 def blocks_ahead(bytes_per_row: float, block_rows: int, workers: int, memory_budget: int) -> int:

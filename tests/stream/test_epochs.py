@@ -155,3 +155,23 @@ def test_a_budget_in_words_is_the_same_as_in_bytes(atlas):
         return np.concatenate([r for _, r in atlas.stream(64, memory_budget=budget)]).tolist()
 
     assert order("20 kB") == order(20_000) != order("20 MB")
+
+
+def test_only_what_was_shuffled_and_not_sorted_since_is_read_in_longer_blocks(tmp_path):
+    """The store says that it was shuffled; views, splits and appended cells may undo it."""
+    random = np.random.default_rng(0)
+    adata = anndata.AnnData(sp.csr_matrix(random.integers(1, 9, (9_000, 5)).astype(np.float32)))
+    atlasvi.ingest(adata, tmp_path / "as_is.zarr")
+    atlasvi.ingest(adata, tmp_path / "shuffled.zarr", shuffle=True)
+
+    def n_lanes(atlas, positions=None):
+        return Epochs(atlas, positions=positions).plan(0).n_lanes
+
+    some = np.sort(random.choice(9_000, 8_000, replace=False))
+    assert n_lanes(atlasvi.open(tmp_path / "as_is.zarr")) == 64
+    with atlasvi.open(tmp_path / "shuffled.zarr") as atlas:
+        assert n_lanes(atlas) == n_lanes(atlas[some]) == n_lanes(atlas, some) == 32
+        assert n_lanes(atlas[some][1_000:], np.arange(10, 6_500)) == 32
+        assert n_lanes(atlas[random.permutation(some)]) == n_lanes(atlas, some[::-1]) == 64
+    atlasvi.ingest(adata, tmp_path / "shuffled.zarr", append=True, make_unique=True)
+    assert n_lanes(atlasvi.open(tmp_path / "shuffled.zarr")) == 64

@@ -159,15 +159,27 @@ def test_a_number_that_cannot_be_is_named(name, value):
         plan_epoch(**{**arguments, name: value})
 
 
-@given(st.floats(8, 2e4), st.integers(16 << 20, 1 << 34), st.integers(1, 64))
-def test_what_is_held_and_what_is_read_ahead_stay_within_three_quarters_of_the_budget(each, budget, workers):
-    block_rows, n_lanes = default_sizes(each, budget)
+@given(st.floats(8, 2e4), st.integers(16 << 20, 1 << 34), st.integers(1, 64), st.booleans())
+def test_what_is_held_and_what_is_read_ahead_stay_within_three_quarters_of_the_budget(
+    each, budget, workers, is_shuffled
+):
+    block_rows, n_lanes = default_sizes(each, budget, is_shuffled=is_shuffled)
     ahead = blocks_ahead(each, block_rows, workers, budget)
     assert 64 <= block_rows <= 4096 and 2 <= n_lanes <= 64 and 1 <= ahead <= 8 * workers
     block = block_rows * each
     assert n_lanes * block <= budget / 2
     # Reading takes about as much again as what is read.
     assert 2 * ahead * block <= budget / 4
+
+
+def test_cells_that_lie_at_random_come_in_fewer_and_longer_blocks():
+    assert default_sizes(4200, 256 << 20) == (499, 64)
+    assert default_sizes(4200, 256 << 20, is_shuffled=True) == (998, 32)
+    # A small budget makes lanes fewer, and blocks shorter only below four of them.
+    assert default_sizes(4200, 64 << 20, is_shuffled=True) == (998, 8)
+    assert default_sizes(4200, 16 << 20, is_shuffled=True) == (499, 4)
+    # Of few cells there are still as many lanes as can be.
+    assert default_sizes(4200, 256 << 20, 6_400, is_shuffled=True) == (200, 32)
 
 
 @settings(deadline=None, max_examples=60)
