@@ -438,7 +438,7 @@ class Atlas:
         """Whether `ingest` has made sure that these are counts; what nobody did is checked when read."""
         return self._source.is_checked
 
-    def lies_at_random(self, positions: NDArray[np.integer] | None = None) -> bool:
+    def lies_at_random(self, positions: NDArray[np.int64] | None = None) -> bool:
         """Whether cells lie in a random order: the store was ingested so, and nothing has sorted them since.
 
         Args:

@@ -205,7 +205,9 @@ class _Window:
     def _fetch(self, i: int) -> None:
         try:
             item: CSR | BaseException = self._read(self._units[i].start, self._units[i].stop)
-        except BaseException as error:  # for the consumer to raise
+        except KeyboardInterrupt:  # of the consumer, who wants nothing more
+            raise
+        except BaseException as error:  # for the consumer to raise, when it comes to this unit
             item = error
         with self._changed:
             self._here[i] = item
