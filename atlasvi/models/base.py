@@ -273,7 +273,7 @@ class CountModel(Generic[Config, Module]):
             check_val_every_n_epoch: epochs from one validation to the next.
             enable_progress_bar: show one on standard error.
             seed: of split, order and noise: the same seed gives the same weights.
-            num_workers: threads that read; ``None``: cores less one, at most 4.
+            num_workers: threads that read; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
                 Counts that fit into half of it stay in memory after the first epoch.
             checkpoint: folder to write the run to as it goes.

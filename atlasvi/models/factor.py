@@ -297,7 +297,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             tol: stop when what is fitted gains less than this share.
             enable_progress_bar: show one on standard error.
             seed: of the split and of a random start.
-            num_workers: threads that read; ``None``: cores less one, at most 4.
+            num_workers: threads that read; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that blocks may take; 256 MiB when ``None``.
             on_epoch: called with each `EpochRecord`.
             **unsupported: refused by name.

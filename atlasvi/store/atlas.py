@@ -502,7 +502,7 @@ class Atlas:
                 number, rounded up or down at random. Once each when ``None``.
             balance: instead of weights, a column of obs whose levels are to come equally often; cells
                 without a level do not come.
-            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, at most 4.
+            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
             pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
             start: minibatch to begin with; those before are neither read nor made.
@@ -549,7 +549,7 @@ class Atlas:
         Args:
             positions: ``(n,)`` int64, cells of this view to visit; all when ``None``.
             columns: genes; all when ``None``.
-            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, at most 4.
+            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that the blocks may take; no more than 8 MiB are used.
             client: of a Dask cluster whose workers read; see `stream`.
         """
@@ -580,7 +580,7 @@ class Atlas:
             batch_key: column of obs with the batches whose library sizes are to be told apart.
             gene_sets: by name, each a prefix of gene names (``"MT-"``), names, a boolean mask, or
                 ``"mt"``: what starts with ``MT-``, ``Mt-`` or ``mt-``.
-            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, at most 4.
+            num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, up to 4.
             memory_budget: as for `iter_blocks`. Not of a cluster.
             client: of a Dask cluster whose workers add up what they read; see `stream`.
 

@@ -54,7 +54,7 @@ class Epochs:
         positions: ``(n,)`` int64, the cells to visit (a training split), as positions in ``atlas``;
             in increasing order they are read fastest. All when ``None``.
         weights: ``(n,)`` >= 0, how often each of these comes, relative to the others; see `plan_epoch`.
-        num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, at most 4.
+        num_workers: threads that read; 0 reads in the calling thread; ``None``: cores less one, up to 4.
         memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
         keep: whether counts that fit stay in memory.
         pin_memory: lay minibatches into page-locked memory; ``None`` where there is a CUDA device.
