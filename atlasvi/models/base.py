@@ -60,6 +60,7 @@ from atlasvi.models.data import (
     split_cells,
 )
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
+from atlasvi.models.frozen import Freeze, frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
@@ -148,6 +149,7 @@ class CountModel(Generic[Config, Module]):
             self.module = self.module_type(self.config, self.fields, moments)
         self.module.eval()
         self.plan = PLANS["adaptive"]
+        self._freeze: Freeze | None = None
         self.records: list[EpochRecord] = []
         # What trained it, if that was not `train`.
         self.origin: str | None = None
@@ -334,6 +336,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(plan),
             "split": self._split,
+            "freeze": None if self._freeze is None else asdict(self._freeze),
             "batch_size": batch_size,
             # The order of the cells, and when the rate falls, follow from these.
             "memory_budget": memory_budget,
@@ -346,7 +349,10 @@ class CountModel(Generic[Config, Module]):
         self.records, self.checks = [], []
         label = "train, counts kept in memory" if minibatches.keeps else "train"
         shown = enable_progress_bar and ranks.rank() == 0
-        with bar(label, max_epochs * len(training), "cells", enabled=shown) as advance:
+        with (
+            bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,
+            frozen(self.module, self._freeze),
+        ):
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
@@ -1266,6 +1272,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(self.plan),
             "split": self._split,
+            "freeze": None if self._freeze is None else asdict(self._freeze),
             "training": self._training,
             "records": [asdict(record) for record in self.records],
             "checks": [asdict(check) for check in self.checks],
@@ -1301,6 +1308,9 @@ class CountModel(Generic[Config, Module]):
             model.checks = [Check(**check) for check in description.get("checks", [])]
             model._split = description["split"]
             model._training = description["training"]
+            # Folders of earlier versions do not say.
+            freeze = description.get("freeze")
+            model._freeze = None if freeze is None else Freeze(**freeze)
         except (KeyError, TypeError, OptionError) as error:
             raise ModelError(
                 f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"

@@ -414,7 +414,7 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
 
         Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
         the reference. For the query to be seen through its batch the reference needs
-        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+        ``encode_covariates=True``. What is frozen stays so when the model was saved and loaded.
 
         Args:
             adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
@@ -437,12 +437,15 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
             >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
             True
         """
-        from atlasvi.models.query import Freeze, map_query
+        from atlasvi.models.frozen import Freeze
+        from atlasvi.models.query import map_query
 
         freeze = Freeze(
-            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
-            True, not unfrozen,
-        )  # fmt: skip
+            batchnorm_encoder=freeze_batchnorm_encoder and not unfrozen,
+            batchnorm_decoder=freeze_batchnorm_decoder and not unfrozen,
+            classifier=True,
+            everything_else=not unfrozen,
+        )
         model: SCVI = map_query(cls, adata, reference_model, freeze)
         return model
 
