@@ -386,6 +386,69 @@ class CountModel(Generic[Config, Module]):
             )
             self.records, self.checks = progress.records, progress.checks
 
+    def refine_posterior(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        batch_size: int = 128,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        *,
+        enable_progress_bar: bool = True,
+        seed: int = 0,
+        num_workers: int | None = None,
+        memory_budget: int | str | None = None,
+    ) -> Any:
+        """A copy of the model whose encoders were fitted anew to some cells; the decoder stays bit for bit.
+
+        How held-out cells are compared in Lopez et al. 2018: what an encoder fitted to other cells loses on
+        them is not the model's fault. q(z|x), and q(l|x) where there is one, are trained until the ELBO of
+        these cells no longer gains, the best weights are kept, and the ELBO stays a bound on the same log
+        p(x). Cells are streamed as in `train`; this model is not changed.
+
+        Args:
+            adata: other data; that of the model when ``None``. It need not have been set up.
+            indices: positions of the cells, such as ``model.validation_indices``; all when ``None``.
+            max_epochs: most passes over these cells; scvi-tools' rule for training when ``None``.
+            accelerator: ``"auto"``, ``"cpu"`` or ``"gpu"``.
+            devices: ``"auto"`` or 1.
+            batch_size: cells a minibatch.
+            plan_kwargs: options of `TrainingPlan` that differ from those of refinement, such as ``lr``.
+            enable_progress_bar: show one on standard error.
+            seed: of order and noise.
+            num_workers: threads that read.
+            memory_budget: as in `train`.
+
+        Returns:
+            A model of the same class. Its ``validation_history`` has each look at these cells, the first from
+            before any step.
+
+        Raises:
+            NotTrainedError: before training.
+            OptionError: the model has no posterior to refit, or an argument that cannot be.
+
+        Example:
+            >>> held_out = model.validation_indices
+            >>> refined = model.refine_posterior(indices=held_out, max_epochs=5, enable_progress_bar=False)
+            >>> refined.get_marginal_ll(indices=held_out, n_mc_samples=20) < 0
+            True
+        """
+        from atlasvi.models.refine import refined
+
+        self._must_be_trained()
+        atlas, codes = self._data(adata)
+        cells = np.arange(atlas.n_obs) if indices is None else cell_positions(indices, atlas.n_obs)
+        device = choose_device(accelerator, devices)
+        ranks.join(device)
+        return refined(
+            self, atlas, codes, cells,
+            max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
+            batch_size=batch_size, plan_kwargs=plan_kwargs, device=device, seed=seed,
+            num_workers=num_workers, memory_budget=memory_budget, shown=enable_progress_bar,
+        )  # fmt: skip
+
     def _plan(self, schedule: str | None, precision: str) -> TrainingPlan:
         if schedule is not None:
             one_of("schedule", schedule, tuple(PLANS))

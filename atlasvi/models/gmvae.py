@@ -80,6 +80,7 @@ class GMVAEModule(SCVAEModule):
     """
 
     config: GMVAEConfig
+    posterior_parts = (*SCVAEModule.posterior_parts, "trunk", "assign")
 
     def __init__(self, config: GMVAEConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
         super().__init__(config, fields, library)

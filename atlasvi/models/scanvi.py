@@ -116,6 +116,8 @@ class SCANVIModule(SCVIModule):
     """
 
     config: SCANVIConfig
+    # Not the classifier: what it says of labels was learnt from labels.
+    posterior_parts = (*SCVIModule.posterior_parts, "u_encoder")
     label_prior: torch.Tensor
 
     def __init__(self, config: SCANVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:

@@ -95,6 +95,7 @@ class SCVIModule(nn.Module):
             only where the library size is latent.
     """
 
+    posterior_parts: tuple[str, ...] = ("encoder", "library_encoder")
     library_log_mean: torch.Tensor
     library_log_var: torch.Tensor
 

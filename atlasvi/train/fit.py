@@ -225,6 +225,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     validate_every: int = 1,
     steps_between_checks: int | None = None,
+    look_first: bool = False,
     checkpoints: Checkpoints | None = None,
     listeners: Listeners | None = None,
 ) -> Progress:
@@ -241,6 +242,7 @@ def fit(
         early_stopping: when to stop before ``max_epochs``.
         validate_every: epochs from one look at validation to the next.
         steps_between_checks: further looks within an epoch.
+        look_first: a look before the first step too, so that the weights there were can be the best.
         checkpoints: where to write the run, and whether to go on from there.
         listeners: who is told how it goes.
 
@@ -280,6 +282,8 @@ def fit(
         run.save()
         written = time.perf_counter()
 
+    if look_first and at.step == 0:
+        look()
     while at.epoch < max_epochs and not is_over():
         started = time.perf_counter()
         last: Minibatch | None = None
