@@ -68,6 +68,8 @@ from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
+from atlasvi.train.checkpoint import batch_size_of
+from atlasvi.train.estimate import DEFAULT_BATCH_SIZE, batch_size_that_fits, looks_at_once, shape_of
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import (
@@ -230,7 +232,7 @@ class CountModel(Generic[Config, Module]):
         train_size: float = 0.9,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        batch_size: int = 128,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
         early_stopping: bool | None = None,
         plan_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -260,7 +262,8 @@ class CountModel(Generic[Config, Module]):
             train_size: share of the cells to train on.
             validation_size: share kept for validation; the rest when ``None``.
             shuffle_set_split: choose them at random, or take the first ones.
-            batch_size: cells a minibatch.
+            batch_size: cells a minibatch. A number that does not fit the memory there is is refused before
+                the run; ``"auto"`` takes the default if it fits, or the largest power of two that does.
             early_stopping: stop when the monitored value no longer falls; ``None``: as the schedule has it,
                 where cells are kept for validation.
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
@@ -293,8 +296,10 @@ class CountModel(Generic[Config, Module]):
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
         max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
-        if max_epochs < 1 or batch_size < 3:
-            raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
+        if max_epochs < 1 or (batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 3)):
+            raise OptionError(
+                f"max_epochs {max_epochs!r} and batch_size {batch_size!r}: need at least 1 and 3, or 'auto'"
+            )
         device = choose_device(accelerator, devices)
         ranks.join(device)
         if resume and checkpoint is None:
@@ -310,11 +315,20 @@ class CountModel(Generic[Config, Module]):
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
-        plan = adapted(plan, len(training), batch_size)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
         if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
             held_out = held_out[:: -(-len(held_out) // MOST_LOOKED_AT)]
+        if batch_size == "auto" and resume and checkpoint is not None:
+            batch_size = batch_size_of(Path(checkpoint)) or batch_size
+        with frozen(self.module, self._freeze):
+            shape = shape_of(
+                self.module, atlas[:, codes.gene_columns], plan, looked_at=len(held_out),
+                memory_budget=memory_budget,
+                keeps_best=early_stopping and early_stopping_patience is None and plan.patience is not None,
+            )  # fmt: skip
+        batch_size, takes = batch_size_that_fits(batch_size, shape, device)
+        plan = adapted(plan, len(training), batch_size)
         between = steps_between_checks(plan, len(held_out), batch_size)
         in_steps = early_stopping_patience is None and plan.patience is not None and between is not None
         patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
@@ -326,7 +340,7 @@ class CountModel(Generic[Config, Module]):
         )  # fmt: skip
         minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
-            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False,
+            atlas, codes, batch_size=looks_at_once(batch_size), shuffle=False,
             positions=held_out[ranks.rank() :: ranks.world_size()],
             num_workers=num_workers, memory_budget=memory_budget,
         )  # fmt: skip
@@ -347,7 +361,7 @@ class CountModel(Generic[Config, Module]):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
-        label = "train, counts kept in memory" if minibatches.keeps else "train"
+        label = f"train, {takes.short}{', counts kept in memory' if minibatches.keeps else ''}"
         shown = enable_progress_bar and ranks.rank() == 0
         with (
             bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,

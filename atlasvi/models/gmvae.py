@@ -87,6 +87,11 @@ class GMVAEModule(SCVAEModule):
         self.component_loc = nn.Parameter(torch.randn(config.n_components, config.n_latent))
         self.component_log_scale = nn.Parameter(torch.zeros(config.n_components, config.n_latent))
 
+    @property
+    def rows_per_cell(self) -> int:
+        """Components that each cell is decoded for at a look, if not in training."""
+        return self.config.n_components
+
     def make_encoder(self, fields: FieldMap) -> Encoder:
         """Hidden layers on counts, shared; from there q(y | x), and with y as a covariate q(z | x, y)."""
         config = self.config

@@ -29,9 +29,9 @@ from atlasvi.train.fit import Listeners, fit
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan, steps_between_checks
 from atlasvi.types import HasPosterior
 
-# The weights are near a good place already: a tenth of the rate of training, the whole KL, no decay.
+# The weights are near a good place already: a third of the rate of training, the whole KL, no decay.
 PLAN = TrainingPlan(
-    lr=0.003, eps=0.01, weight_decay=0.0, n_epochs_kl_warmup=None, n_steps_lr_warmup=40, averaging=0.97,
+    lr=0.01, eps=0.01, weight_decay=0.0, n_epochs_kl_warmup=None, n_steps_lr_warmup=40, averaging=0.97,
     n_steps_per_check=25, patience=8,
 )  # fmt: skip
 MOST_LOOKED_AT, LOOK_AT_ONCE = 4096, 1024
@@ -66,9 +66,10 @@ def refined(
         raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 1")
     plan = PLAN.with_options(plan_kwargs)
     other = copy.copy(model)
-    other.module = module = copy.deepcopy(model.module)
+    module: Any = copy.deepcopy(model.module)
+    other.module = module
     rank, world_size = ranks.rank(), ranks.world_size()
-    stream = {"num_workers": num_workers, "memory_budget": memory_budget}
+    stream: dict[str, Any] = {"num_workers": num_workers, "memory_budget": memory_budget}
     training = Epochs(
         atlas, codes, batch_size=batch_size, positions=cells, seed=seed, rank=rank, world_size=world_size,
         **stream,

@@ -206,6 +206,11 @@ class SCVIModule(nn.Module):
         """What stands in the place of the logits where they are not the head's own."""
         return F.softplus(logits).log() if self.has_size_factor else logits
 
+    @property
+    def fuses_heads(self) -> bool:
+        """Whether heads and likelihood are one op, which makes no cells x genes."""
+        return isinstance(self.decoder, Decoder) and not self.has_size_factor
+
     def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
         """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
         if not self.likelihood.has_theta:
@@ -228,7 +233,8 @@ class SCVIModule(nn.Module):
         decoder = self.decoder
         h = decoder.hidden(z, covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
-        if isinstance(decoder, Decoder) and not self.has_size_factor:
+        if self.fuses_heads:
+            assert isinstance(decoder, Decoder)
             return self.likelihood.log_prob_of_heads(
                 minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
                 theta_index=theta_index, mean=self.mean, matmul_dtype=matmul_dtype,

@@ -65,11 +65,16 @@ def sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
 
 def agreed(flag: bool) -> bool:
     """What the first process thinks."""
+    return bool(of_first(int(flag)))
+
+
+def of_first(number: int) -> int:
+    """The number that the first process has."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag and rank() == 0))
+        return number
+    value = torch.tensor(number if rank() == 0 else 0)
     sum_in_place([value])
-    return bool(value)
+    return int(value)
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
