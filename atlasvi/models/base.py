@@ -250,6 +250,7 @@ class CountModel(Generic[Config, Module]):
         checkpoint_every_seconds: float = 60.0,
         resume: bool = False,
         on_epoch: Any = None,
+        on_check: Any = None,
         **unsupported: object,
     ) -> None:
         """Fit the model by minibatches streamed from where the counts are.
@@ -284,7 +285,8 @@ class CountModel(Generic[Config, Module]):
             checkpoint: folder to write the run to as it goes.
             checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
             resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
-            on_epoch: called with each `EpochRecord`.
+            on_epoch: called with each `EpochRecord`; a `train.TensorBoard`, or any function.
+            on_check: called with each `Check`, a look at the cells kept for validation; likewise.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
         Raises:
@@ -378,6 +380,11 @@ class CountModel(Generic[Config, Module]):
                 if on_epoch is not None and ranks.rank() == 0:
                     on_epoch(record)
 
+            def after_check(check: Check) -> None:
+                self.checks.append(check)
+                if on_check is not None and ranks.rank() == 0:
+                    on_check(check)
+
             progress = fit(
                 self.module,
                 minibatches,
@@ -396,7 +403,7 @@ class CountModel(Generic[Config, Module]):
                 checkpoints=None
                 if checkpoint is None
                 else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
-                listeners=Listeners(after_step, after_epoch, self.checks.append),
+                listeners=Listeners(after_step, after_epoch, after_check),
             )
             self.records, self.checks = progress.records, progress.checks
 
