@@ -243,7 +243,7 @@ def train(
     max_epochs: Annotated[
         int | None, typer.Option(help="Passes over the cells; default by their number.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Cells a minibatch.")] = 128,
+    batch_size: Annotated[str, typer.Option(help="Cells a minibatch, or auto: what fits memory.")] = "128",
     lr: Annotated[float | None, typer.Option(help="Learning rate; default by schedule.")] = None,
     kl_warmup_epochs: Annotated[
         int | None,
@@ -309,7 +309,8 @@ def train(
         )  # fmt: skip
     else:
         trained.train(
-            max_epochs, accelerator, train_size=train_size, batch_size=batch_size,
+            max_epochs, accelerator, train_size=train_size,
+            batch_size="auto" if batch_size == "auto" else _as_type("int", "batch_size", batch_size),
             early_stopping=early_stopping, precision=precision,
             schedule="scvi-tools" if paper and schedule is None else schedule,
             plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,

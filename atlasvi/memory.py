@@ -64,6 +64,50 @@ def _read(field: str) -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that this process could still take: what the system can give, within the limits of its cgroups.
+
+    Pages of files that can be dropped count as free. ``None`` where neither is known (elsewhere than Linux).
+
+    Args:
+        root: of the file system with ``proc`` and ``sys``.
+    """
+    free = []
+    meminfo = root / "proc/meminfo"
+    if meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free += [int(found[1]) << 10] if found else []
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            free += _free_of_groups(
+                root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"
+            )
+        elif "memory" in controllers.split(","):
+            free += _free_of_groups(
+                root / "sys/fs/cgroup/memory", path,
+                "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+            )  # fmt: skip
+    return max(0, min(free)) if free else None
+
+
+def _free_of_groups(mount: Path, path: str, limit: str, usage: str, cached: str) -> list[int]:
+    """Of a cgroup and those it is in, as far as they can be seen from here, those that have a limit."""
+    free = []
+    group = mount / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if (folder / limit).is_file() and (folder / usage).is_file():
+            most = (folder / limit).read_text().strip()
+            if most != "max":
+                stat = (folder / "memory.stat").read_text() if (folder / "memory.stat").is_file() else ""
+                found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+                free.append(int(most) - int((folder / usage).read_text()) + (int(found[1]) if found else 0))
+        if folder == mount:
+            break
+    return free
+
+
 def as_bytes(memory_budget: int | str) -> int:
     """Bytes, from a number or from text such as ``"500MB"`` or ``"4 GiB"``.
 

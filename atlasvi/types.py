@@ -239,6 +239,14 @@ class Trains(Protocol):
 
 
 @runtime_checkable
+class HasPosterior(Protocol):
+    """A module whose posterior can be fitted anew while all that is generative stays as it is."""
+
+    posterior_parts: tuple[str, ...]
+    """Names of the parts that make the posterior and nothing else; there need not be all of them."""
+
+
+@runtime_checkable
 class Starts(Protocol):
     """A module whose weights can start from what the genes' shares of the counts are."""
 
@@ -332,6 +340,7 @@ __all__ = [
     "Encodes",
     "FieldMap",
     "GeneratesCounts",
+    "HasPosterior",
     "InfersLibrary",
     "LossTerms",
     "Minibatch",

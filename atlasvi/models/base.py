@@ -60,6 +60,7 @@ from atlasvi.models.data import (
     split_cells,
 )
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
+from atlasvi.models.frozen import Freeze, frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
@@ -67,6 +68,8 @@ from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
+from atlasvi.train.checkpoint import batch_size_of
+from atlasvi.train.estimate import DEFAULT_BATCH_SIZE, batch_size_that_fits, looks_at_once, shape_of
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import (
@@ -148,6 +151,7 @@ class CountModel(Generic[Config, Module]):
             self.module = self.module_type(self.config, self.fields, moments)
         self.module.eval()
         self.plan = PLANS["adaptive"]
+        self._freeze: Freeze | None = None
         self.records: list[EpochRecord] = []
         # What trained it, if that was not `train`.
         self.origin: str | None = None
@@ -228,7 +232,7 @@ class CountModel(Generic[Config, Module]):
         train_size: float = 0.9,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
-        batch_size: int = 128,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
         early_stopping: bool | None = None,
         plan_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -246,6 +250,7 @@ class CountModel(Generic[Config, Module]):
         checkpoint_every_seconds: float = 60.0,
         resume: bool = False,
         on_epoch: Any = None,
+        on_check: Any = None,
         **unsupported: object,
     ) -> None:
         """Fit the model by minibatches streamed from where the counts are.
@@ -258,7 +263,8 @@ class CountModel(Generic[Config, Module]):
             train_size: share of the cells to train on.
             validation_size: share kept for validation; the rest when ``None``.
             shuffle_set_split: choose them at random, or take the first ones.
-            batch_size: cells a minibatch.
+            batch_size: cells a minibatch. A number that does not fit the memory there is is refused before
+                the run; ``"auto"`` takes the default if it fits, or the largest power of two that does.
             early_stopping: stop when the monitored value no longer falls; ``None``: as the schedule has it,
                 where cells are kept for validation.
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
@@ -279,7 +285,8 @@ class CountModel(Generic[Config, Module]):
             checkpoint: folder to write the run to as it goes.
             checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
             resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
-            on_epoch: called with each `EpochRecord`.
+            on_epoch: called with each `EpochRecord`; a `train.TensorBoard`, or any function.
+            on_check: called with each `Check`, a look at the cells kept for validation; likewise.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
         Raises:
@@ -291,8 +298,10 @@ class CountModel(Generic[Config, Module]):
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
         max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
-        if max_epochs < 1 or batch_size < 3:
-            raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 3")
+        if max_epochs < 1 or (batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 3)):
+            raise OptionError(
+                f"max_epochs {max_epochs!r} and batch_size {batch_size!r}: need at least 1 and 3, or 'auto'"
+            )
         device = choose_device(accelerator, devices)
         ranks.join(device)
         if resume and checkpoint is None:
@@ -308,11 +317,20 @@ class CountModel(Generic[Config, Module]):
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
-        plan = adapted(plan, len(training), batch_size)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
         if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
             held_out = held_out[:: -(-len(held_out) // MOST_LOOKED_AT)]
+        if batch_size == "auto" and resume and checkpoint is not None:
+            batch_size = batch_size_of(Path(checkpoint)) or batch_size
+        with frozen(self.module, self._freeze):
+            shape = shape_of(
+                self.module, atlas[:, codes.gene_columns], plan, looked_at=len(held_out),
+                memory_budget=memory_budget,
+                keeps_best=early_stopping and early_stopping_patience is None and plan.patience is not None,
+            )  # fmt: skip
+        batch_size, takes = batch_size_that_fits(batch_size, shape, device)
+        plan = adapted(plan, len(training), batch_size)
         between = steps_between_checks(plan, len(held_out), batch_size)
         in_steps = early_stopping_patience is None and plan.patience is not None and between is not None
         patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
@@ -324,7 +342,7 @@ class CountModel(Generic[Config, Module]):
         )  # fmt: skip
         minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
-            atlas, codes, batch_size=INFERENCE_BATCH, shuffle=False,
+            atlas, codes, batch_size=looks_at_once(batch_size), shuffle=False,
             positions=held_out[ranks.rank() :: ranks.world_size()],
             num_workers=num_workers, memory_budget=memory_budget,
         )  # fmt: skip
@@ -334,6 +352,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(plan),
             "split": self._split,
+            "freeze": None if self._freeze is None else asdict(self._freeze),
             "batch_size": batch_size,
             # The order of the cells, and when the rate falls, follow from these.
             "memory_budget": memory_budget,
@@ -344,9 +363,12 @@ class CountModel(Generic[Config, Module]):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
-        label = "train, counts kept in memory" if minibatches.keeps else "train"
+        label = f"train, {takes.short}{', counts kept in memory' if minibatches.keeps else ''}"
         shown = enable_progress_bar and ranks.rank() == 0
-        with bar(label, max_epochs * len(training), "cells", enabled=shown) as advance:
+        with (
+            bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,
+            frozen(self.module, self._freeze),
+        ):
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
@@ -357,6 +379,11 @@ class CountModel(Generic[Config, Module]):
                 self.records.append(record)
                 if on_epoch is not None and ranks.rank() == 0:
                     on_epoch(record)
+
+            def after_check(check: Check) -> None:
+                self.checks.append(check)
+                if on_check is not None and ranks.rank() == 0:
+                    on_check(check)
 
             progress = fit(
                 self.module,
@@ -376,9 +403,72 @@ class CountModel(Generic[Config, Module]):
                 checkpoints=None
                 if checkpoint is None
                 else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
-                listeners=Listeners(after_step, after_epoch, self.checks.append),
+                listeners=Listeners(after_step, after_epoch, after_check),
             )
             self.records, self.checks = progress.records, progress.checks
+
+    def refine_posterior(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        batch_size: int = 128,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        *,
+        enable_progress_bar: bool = True,
+        seed: int = 0,
+        num_workers: int | None = None,
+        memory_budget: int | str | None = None,
+    ) -> Any:
+        """A copy of the model whose encoders were fitted anew to some cells; the decoder stays bit for bit.
+
+        How held-out cells are compared in Lopez et al. 2018: what an encoder fitted to other cells loses on
+        them is not the model's fault. q(z|x), and q(l|x) where there is one, are trained until the ELBO of
+        these cells no longer gains, the best weights are kept, and the ELBO stays a bound on the same log
+        p(x). Cells are streamed as in `train`; this model is not changed.
+
+        Args:
+            adata: other data; that of the model when ``None``. It need not have been set up.
+            indices: positions of the cells, such as ``model.validation_indices``; all when ``None``.
+            max_epochs: most passes over these cells; scvi-tools' rule for training when ``None``.
+            accelerator: ``"auto"``, ``"cpu"`` or ``"gpu"``.
+            devices: ``"auto"`` or 1.
+            batch_size: cells a minibatch.
+            plan_kwargs: options of `TrainingPlan` that differ from those of refinement, such as ``lr``.
+            enable_progress_bar: show one on standard error.
+            seed: of order and noise.
+            num_workers: threads that read.
+            memory_budget: as in `train`.
+
+        Returns:
+            A model of the same class. Its ``validation_history`` has each look at these cells, the first from
+            before any step.
+
+        Raises:
+            NotTrainedError: before training.
+            OptionError: the model has no posterior to refit, or an argument that cannot be.
+
+        Example:
+            >>> held_out = model.validation_indices
+            >>> refined = model.refine_posterior(indices=held_out, max_epochs=5, enable_progress_bar=False)
+            >>> refined.get_marginal_ll(indices=held_out, n_mc_samples=20) < 0
+            True
+        """
+        from atlasvi.models.refine import refined
+
+        self._must_be_trained()
+        atlas, codes = self._data(adata)
+        cells = np.arange(atlas.n_obs) if indices is None else cell_positions(indices, atlas.n_obs)
+        device = choose_device(accelerator, devices)
+        ranks.join(device)
+        return refined(
+            self, atlas, codes, cells,
+            max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
+            batch_size=batch_size, plan_kwargs=plan_kwargs, device=device, seed=seed,
+            num_workers=num_workers, memory_budget=memory_budget, shown=enable_progress_bar,
+        )  # fmt: skip
 
     def _plan(self, schedule: str | None, precision: str) -> TrainingPlan:
         if schedule is not None:
@@ -1266,6 +1356,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(self.plan),
             "split": self._split,
+            "freeze": None if self._freeze is None else asdict(self._freeze),
             "training": self._training,
             "records": [asdict(record) for record in self.records],
             "checks": [asdict(check) for check in self.checks],
@@ -1301,6 +1392,9 @@ class CountModel(Generic[Config, Module]):
             model.checks = [Check(**check) for check in description.get("checks", [])]
             model._split = description["split"]
             model._training = description["training"]
+            # Folders of earlier versions do not say.
+            freeze = description.get("freeze")
+            model._freeze = None if freeze is None else Freeze(**freeze)
         except (KeyError, TypeError, OptionError) as error:
             raise ModelError(
                 f"{str(path / DESCRIPTION)!r} is damaged ({error}); copy the folder again"

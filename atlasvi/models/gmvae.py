@@ -80,11 +80,17 @@ class GMVAEModule(SCVAEModule):
     """
 
     config: GMVAEConfig
+    posterior_parts = (*SCVAEModule.posterior_parts, "trunk", "assign")
 
     def __init__(self, config: GMVAEConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
         super().__init__(config, fields, library)
         self.component_loc = nn.Parameter(torch.randn(config.n_components, config.n_latent))
         self.component_log_scale = nn.Parameter(torch.zeros(config.n_components, config.n_latent))
+
+    @property
+    def rows_per_cell(self) -> int:
+        """Components that each cell is decoded for at a look, if not in training."""
+        return self.config.n_components
 
     def make_encoder(self, fields: FieldMap) -> Encoder:
         """Hidden layers on counts, shared; from there q(y | x), and with y as a covariate q(z | x, y)."""

@@ -8,8 +8,7 @@ rows of the batches there are, so that a new batch is decoded like an average on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from atlasvi.errors import GenesError, ModelError, OptionError
 from atlasvi.models import load
 from atlasvi.models.data import library_moments
+from atlasvi.models.frozen import Freeze
 from atlasvi.nn.layers import InputLinear
 from atlasvi.store.atlas import as_atlas
 from atlasvi.store.fields import level_codes
@@ -31,23 +31,6 @@ if TYPE_CHECKING:
     from atlasvi.models.base import Data
 
 _FEW_GENES = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class Freeze:
-    """What of a reference is not trained on a query; names and defaults are scvi-tools'.
-
-    Args:
-        batchnorm_encoder: scales, shifts and running moments of the encoder's batch norms.
-        batchnorm_decoder: those of the decoder's.
-        classifier: the classifier of `SCANVI`.
-        everything_else: all weights but the rows of new batches.
-    """
-
-    batchnorm_encoder: bool = True
-    batchnorm_decoder: bool = False
-    classifier: bool = True
-    everything_else: bool = True
 
 
 def map_query(cls: Any, adata: Data, reference: Any, freeze: Freeze) -> Any:
@@ -87,7 +70,7 @@ def map_query(cls: Any, adata: Data, reference: Any, freeze: Freeze) -> Any:
         moments = library_moments(model.atlas, model._codes, fields.n_batch)
         for name, values in (("library_log_mean", moments.log_mean), ("library_log_var", moments.log_var)):
             getattr(model.module, name)[n_batch:] = torch.tensor(values)[n_batch:]
-    _freeze(model.module, n_batch, freeze)
+    model._freeze = replace(freeze, n_batch=n_batch)
     # A decay would move the frozen rows that lie in one parameter with the new ones.
     model.plan = replace(reference.plan, weight_decay=0.0)
     model.origin = f"of a reference, with {len(new)} new batches"
@@ -125,49 +108,6 @@ def _copy_rows(old: InputLinear, new: InputLinear, n_batch: int, n_new: int) -> 
     if n_old:
         rows[first : first + n_old] = batches
         rows[first + n_old : first + n_old + n_new] = batches.mean(0)
-
-
-def _freeze(module: Any, n_batch: int, freeze: Freeze) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, nn.BatchNorm1d):
-            is_decoder = name.split(".")[0] in ("decoder", "u_decoder")
-            frozen = freeze.batchnorm_decoder if is_decoder else freeze.batchnorm_encoder
-            if frozen:
-                # Its running moments in training too, or the frozen layers behind it would see others.
-                part.register_forward_pre_hook(_use_running_moments)
-            part.requires_grad_(not frozen)
-        elif freeze.everything_else:
-            for parameter in part.parameters(recurse=False):
-                parameter.requires_grad_(False)
-    if hasattr(module, "classifier"):
-        module.classifier.requires_grad_(not freeze.classifier)
-    if not freeze.everything_else:
-        return
-    for part in module.modules():
-        if (
-            isinstance(part, InputLinear)
-            and part.n_sees_batch > n_batch
-            and part.covariate_weight is not None
-        ):
-            part.covariate_weight.requires_grad_(True)
-            first = part.n_continuous
-            part.covariate_weight.register_hook(_only_rows(first + n_batch, first + part.n_sees_batch))
-    if module.config.dispersion == "gene-batch" and hasattr(module, "log_theta"):
-        module.log_theta.requires_grad_(True)
-        module.log_theta.register_hook(_only_rows(n_batch, len(module.log_theta)))
-
-
-def _use_running_moments(norm: nn.Module, _: Any) -> None:
-    norm.eval()
-
-
-def _only_rows(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    def hook(gradient: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(gradient)
-        kept[start:stop] = gradient[start:stop]
-        return kept
-
-    return hook
 
 
 def prepare_query(adata: anndata.AnnData, reference: Any) -> anndata.AnnData:
@@ -216,4 +156,4 @@ def prepare_query(adata: anndata.AnnData, reference: Any) -> anndata.AnnData:
     return anndata.AnnData(moved(adata.X), adata.obs.copy(), var, adata.uns.copy(), layers=layers)
 
 
-__all__ = ["Freeze", "map_query", "prepare_query"]
+__all__ = ["map_query", "prepare_query"]

@@ -116,6 +116,8 @@ class SCANVIModule(SCVIModule):
     """
 
     config: SCANVIConfig
+    # Not the classifier: what it says of labels was learnt from labels.
+    posterior_parts = (*SCVIModule.posterior_parts, "u_encoder")
     label_prior: torch.Tensor
 
     def __init__(self, config: SCANVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
@@ -442,7 +444,7 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
 
         Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
         the reference. For the query to be seen through its batch the reference needs
-        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+        ``encode_covariates=True``. What is frozen stays so when the model was saved and loaded.
 
         Args:
             adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
@@ -466,12 +468,15 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
             True
         """
-        from atlasvi.models.query import Freeze, map_query
+        from atlasvi.models.frozen import Freeze
+        from atlasvi.models.query import map_query
 
         freeze = Freeze(
-            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
-            freeze_classifier and not unfrozen, not unfrozen,
-        )  # fmt: skip
+            batchnorm_encoder=freeze_batchnorm_encoder and not unfrozen,
+            batchnorm_decoder=freeze_batchnorm_decoder and not unfrozen,
+            classifier=freeze_classifier and not unfrozen,
+            everything_else=not unfrozen,
+        )
         model: SCANVI = map_query(cls, adata, reference_model, freeze)
         return model
 

@@ -95,6 +95,7 @@ class SCVIModule(nn.Module):
             only where the library size is latent.
     """
 
+    posterior_parts: tuple[str, ...] = ("encoder", "library_encoder")
     library_log_mean: torch.Tensor
     library_log_var: torch.Tensor
 
@@ -205,6 +206,11 @@ class SCVIModule(nn.Module):
         """What stands in the place of the logits where they are not the head's own."""
         return F.softplus(logits).log() if self.has_size_factor else logits
 
+    @property
+    def fuses_heads(self) -> bool:
+        """Whether heads and likelihood are one op, which makes no cells x genes."""
+        return isinstance(self.decoder, Decoder) and not self.has_size_factor
+
     def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
         """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
         if not self.likelihood.has_theta:
@@ -227,7 +233,8 @@ class SCVIModule(nn.Module):
         decoder = self.decoder
         h = decoder.hidden(z, covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
-        if isinstance(decoder, Decoder) and not self.has_size_factor:
+        if self.fuses_heads:
+            assert isinstance(decoder, Decoder)
             return self.likelihood.log_prob_of_heads(
                 minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
                 theta_index=theta_index, mean=self.mean, matmul_dtype=matmul_dtype,
@@ -414,7 +421,7 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
 
         Train it for some epochs on the query. Cells of batches that the reference knows are encoded as by
         the reference. For the query to be seen through its batch the reference needs
-        ``encode_covariates=True``. What is frozen is so for this object, not for one loaded from its folder.
+        ``encode_covariates=True``. What is frozen stays so when the model was saved and loaded.
 
         Args:
             adata: the query; it need not have been set up. Genes are matched by name; `prepare_query_anndata`
@@ -437,12 +444,15 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
             >>> query.get_latent_representation().shape == (atlas.n_obs, 5)
             True
         """
-        from atlasvi.models.query import Freeze, map_query
+        from atlasvi.models.frozen import Freeze
+        from atlasvi.models.query import map_query
 
         freeze = Freeze(
-            freeze_batchnorm_encoder and not unfrozen, freeze_batchnorm_decoder and not unfrozen,
-            True, not unfrozen,
-        )  # fmt: skip
+            batchnorm_encoder=freeze_batchnorm_encoder and not unfrozen,
+            batchnorm_decoder=freeze_batchnorm_decoder and not unfrozen,
+            classifier=True,
+            everything_else=not unfrozen,
+        )
         model: SCVI = map_query(cls, adata, reference_model, freeze)
         return model
 

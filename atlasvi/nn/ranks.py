@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from atlasvi.errors import OptionError
+from atlasvi.errors import OptionError, TrainingError
 
 
 def join(device: torch.device) -> None:
@@ -65,11 +66,32 @@ def sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
 
 def agreed(flag: bool) -> bool:
     """What the first process thinks."""
+    return bool(of_first(int(flag)))
+
+
+@contextmanager
+def naming_the_lost(where_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Inside, that another process has gone is a `TrainingError` that says where to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_messages = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if world_size() == 1 or not is_of_messages:
+            raise
+        said = str(error).split(". ")[0]
+        raise TrainingError(
+            f"process {rank()} of {world_size()} has lost another one ({said}); "
+            f"{where_to_go_on()}. Start all of them again with resume=True"
+        ) from error
+
+
+def of_first(number: int) -> int:
+    """The number that the first process has."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag and rank() == 0))
+        return number
+    value = torch.tensor(number if rank() == 0 else 0)
     sum_in_place([value])
-    return bool(value)
+    return int(value)
 
 
 class BatchNorm(torch.nn.BatchNorm1d):

@@ -182,7 +182,7 @@ class Atlas:
         self._rows: NDArray[np.int64] | None = None
         self._columns: NDArray[np.int64] | None = None
         self._column_of: NDArray[np.int64] | None = None
-        self._bytes_per_row: float | None = None
+        self._per_row: tuple[float, float] | None = None
         self.registration: FieldMap | None = None
         """What ``setup_anndata`` was told about this atlas; kept here, a store on disk is not written to."""
 
@@ -323,13 +323,21 @@ class Atlas:
     @property
     def bytes_per_row(self) -> float:
         """Mean size of a decoded cell, estimated from a few hundred of them."""
-        if self._bytes_per_row is None:
+        return self._estimated_per_row()[0]
+
+    @property
+    def nonzeros_per_row(self) -> float:
+        """Mean number of non-zeros of a cell, estimated from the same."""
+        return self._estimated_per_row()[1]
+
+    def _estimated_per_row(self) -> tuple[float, float]:
+        if self._per_row is None:
             # A few neighbours from eight places: depth differs between the inputs of an atlas.
             starts = np.linspace(0, max(self.n_obs - 32, 0), 8).astype(np.int64)
             parts = [self.read_rows(slice(a, min(a + 32, self.n_obs))) for a in np.unique(starts)]
-            n_read = sum(part.n_obs for part in parts)
-            self._bytes_per_row = sum(part.nbytes for part in parts) / max(n_read, 1)
-        return self._bytes_per_row
+            n_read = max(sum(part.n_obs for part in parts), 1)
+            self._per_row = sum(p.nbytes for p in parts) / n_read, sum(p.nnz for p in parts) / n_read
+        return self._per_row
 
     @property
     def in_memory(self) -> bool:

@@ -165,6 +165,15 @@ def save_checkpoint(
         (new / STATE).write_text(json.dumps(rest))
 
 
+def batch_size_of(path: Path) -> int | None:
+    """The minibatch of the run that wrote a checkpoint; ``None`` where none can be read."""
+    settle(path)
+    try:
+        return int(json.loads((path / STATE).read_text())["run"]["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever loads it says what is wrong
+
+
 def load_checkpoint(
     path: Path,
     module: torch.nn.Module,

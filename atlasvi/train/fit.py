@@ -198,18 +198,21 @@ class Run:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.module.parameters()):
             raise self.error("weights became NaN or infinite", self.progress.step - 1, minibatch)
 
+    def last_checkpoint(self) -> str:
+        """Where to go on from, for an error."""
+        if self.checkpoints is None:
+            return "no checkpoint was asked for"
+        if not (self.checkpoints.path / "state.json").is_file():
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {str(self.checkpoints.path)!r}"
+
     def error(self, what: str, step: int, minibatch: Minibatch) -> TrainingError:
         """What happened, where, and where to go on from."""
         rows = minibatch.rows.tolist()
         shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
-        last = "no checkpoint was asked for"
-        if self.checkpoints is not None:
-            there = (self.checkpoints.path / "state.json").is_file()
-            path = str(self.checkpoints.path)
-            last = f"the last good checkpoint is {path!r}" if there else "no checkpoint was written yet"
         return TrainingError(
             f"the {what} at step {step} (epoch {self.progress.epoch}), in the minibatch of rows {shown}; "
-            f"{last}. Lower lr (plan_kwargs={{'lr': ...}}) or look at those cells"
+            f"{self.last_checkpoint()}. Lower lr (plan_kwargs={{'lr': ...}}) or look at those cells"
         )
 
 
@@ -225,6 +228,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     validate_every: int = 1,
     steps_between_checks: int | None = None,
+    look_first: bool = False,
     checkpoints: Checkpoints | None = None,
     listeners: Listeners | None = None,
 ) -> Progress:
@@ -241,6 +245,7 @@ def fit(
         early_stopping: when to stop before ``max_epochs``.
         validate_every: epochs from one look at validation to the next.
         steps_between_checks: further looks within an epoch.
+        look_first: a look before the first step too, so that the weights there were can be the best.
         checkpoints: where to write the run, and whether to go on from there.
         listeners: who is told how it goes.
 
@@ -280,44 +285,47 @@ def fit(
         run.save()
         written = time.perf_counter()
 
-    while at.epoch < max_epochs and not is_over():
-        started = time.perf_counter()
-        last: Minibatch | None = None
-        module.train()
-        for minibatch in training(at.epoch, at.minibatch):
-            last = minibatch.to(device)
-            run.step(last)
-            if listeners.step is not None and (device.type == "cpu" or at.step % _STEPS_UNSEEN == 0):
-                listeners.step(at.epoch, at.sums.n, at.sums.means()[1])
-            if looks and at.step % looks == 0:
-                look()
-                if is_over():
-                    break
-            # Several processes ask the first one, which takes a message.
-            if checkpoints is not None and (ranks.world_size() == 1 or at.step % _STEPS_UNSEEN == 0):
-                if ranks.agreed(0 < checkpoints.every_seconds < time.perf_counter() - written):
-                    run.weights_must_be_finite(last)
-                    at.seconds += time.perf_counter() - started
-                    started = time.perf_counter()
-                    save()
-        if last is not None:
-            run.weights_must_be_finite(last)
-        at.seconds += time.perf_counter() - started
-        is_last = at.epoch + 1 == max_epochs
-        is_due = (at.epoch + 1) % validate_every == 0
-        if validation is not None and (is_due or is_last) and not at.has_looked:
+    with ranks.naming_the_lost(run.last_checkpoint):
+        if look_first and at.step == 0:
             look()
-        at.sums = at.sums.over_all_ranks()
-        record = at.close_epoch(plan, run.optimizer.param_groups[0]["lr"])
-        metric = getattr(record, plan.lr_scheduler_metric)
-        if run.scheduler is not None and metric is not None:
-            run.scheduler.step(metric)
-        # A log that is ahead of the checkpoint is mended when its epochs come again; one behind is not.
-        if listeners.epoch is not None:
-            listeners.epoch(record)
-        if checkpoints is not None:
-            if ranks.agreed(is_last or time.perf_counter() - written >= checkpoints.every_seconds):
-                save()
+        while at.epoch < max_epochs and not is_over():
+            started = time.perf_counter()
+            last: Minibatch | None = None
+            module.train()
+            for minibatch in training(at.epoch, at.minibatch):
+                last = minibatch.to(device)
+                run.step(last)
+                if listeners.step is not None and (device.type == "cpu" or at.step % _STEPS_UNSEEN == 0):
+                    listeners.step(at.epoch, at.sums.n, at.sums.means()[1])
+                if looks and at.step % looks == 0:
+                    look()
+                    if is_over():
+                        break
+                # Several processes ask the first one, which takes a message.
+                if checkpoints is not None and (ranks.world_size() == 1 or at.step % _STEPS_UNSEEN == 0):
+                    if ranks.agreed(0 < checkpoints.every_seconds < time.perf_counter() - written):
+                        run.weights_must_be_finite(last)
+                        at.seconds += time.perf_counter() - started
+                        started = time.perf_counter()
+                        save()
+            if last is not None:
+                run.weights_must_be_finite(last)
+            at.seconds += time.perf_counter() - started
+            is_last = at.epoch + 1 == max_epochs
+            is_due = (at.epoch + 1) % validate_every == 0
+            if validation is not None and (is_due or is_last) and not at.has_looked:
+                look()
+            at.sums = at.sums.over_all_ranks()
+            record = at.close_epoch(plan, run.optimizer.param_groups[0]["lr"])
+            metric = getattr(record, plan.lr_scheduler_metric)
+            if run.scheduler is not None and metric is not None:
+                run.scheduler.step(metric)
+            # A log that is ahead of the checkpoint is mended when its epochs come again; one behind is not.
+            if listeners.epoch is not None:
+                listeners.epoch(record)
+            if checkpoints is not None:
+                if ranks.agreed(is_last or time.perf_counter() - written >= checkpoints.every_seconds):
+                    save()
     run.finish()
     return at
 

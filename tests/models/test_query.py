@@ -102,6 +102,28 @@ def test_what_is_not_frozen_is_trained(adata, query):
         assert not torch.equal(whole.module.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize("kind", [SCVI, SCANVI])
+def test_what_is_frozen_stays_so_in_a_model_that_was_saved(kind, adata, query, tmp_path):
+    model = kind.load_query_data(query, make_reference(adata, kind))
+    model.save(tmp_path / "query")
+    again = kind.load(tmp_path / "query", query)
+    before = {name: value.clone() for name, value in again.module.state_dict().items()}
+    one, other = train(model).module.state_dict(), train(again).module.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(other["decoder.scale.weight"], before["decoder.scale.weight"])
+    assert not torch.equal(
+        other["encoder.mlp.linears.0.covariate_weight"], before["encoder.mlp.linears.0.covariate_weight"]
+    )
+
+
+def test_a_run_with_other_weights_frozen_refuses_to_go_on(adata, query, tmp_path):
+    reference = make_reference(adata)
+    train(SCVI.load_query_data(query, reference), 1, checkpoint=tmp_path / "run")
+    with pytest.raises(ModelError, match=r"freeze\.batchnorm_decoder=False, now True"):
+        other = SCVI.load_query_data(query, reference, freeze_batchnorm_decoder=True)
+        train(other, 2, checkpoint=tmp_path / "run", resume=True)
+
+
 def test_a_reference_of_one_batch(adata, query):
     """It had no row for a batch at all; the reference's cells stay where they are."""
     one = adata.copy()

@@ -1,6 +1,10 @@
 """Several processes that train one model come to the weights of one, and one goes on where two were."""
 
+import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -12,14 +16,24 @@ from atlasvi.nn import ranks
 from atlasvi.store.ingest import ingest
 
 SCRIPT = """
-import sys
+import os, signal, sys
 import torch
 import atlasvi
 torch.set_num_threads(1)
-store, out, epochs, resume = sys.argv[1:]
+store, out, epochs, resume, *killed_at = sys.argv[1:]
 atlas = atlasvi.open(store)
 atlasvi.SCVI.setup_anndata(atlas, batch_key="batch", gene_mask=None)
 model = atlasvi.SCVI(atlas, n_hidden=16, n_latent=3)
+steps = []
+
+def die(gradient):
+    steps.append(1)
+    if len(steps) == int(killed_at[0]) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gradient
+
+if killed_at:
+    model.module.decoder.scale.bias.register_hook(die)
 model.train(
     int(epochs), batch_size=32, train_size=0.8, enable_progress_bar=False, memory_budget=1 << 18,
     early_stopping=False, checkpoint=out + "-run", checkpoint_every_seconds=0.0, resume=resume == "resume",
@@ -46,17 +60,49 @@ def run(script, n, *arguments):
     return [[float(x) for x in line.split()[1:]] for line in done.stdout.splitlines() if "DONE" in line]
 
 
-def test_two_processes_come_to_the_weights_of_one_and_one_goes_on_after_two(store, tmp_path):
+def alone(script, *arguments):
+    """Two processes that nobody watches over: each must see for itself that the other has gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, env={**os.environ, **shared, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def test_two_processes_of_which_one_is_killed_and_one_or_two_go_on_come_to_the_weights_of_one(
+    store, tmp_path
+):
+    """240 of the cells are 8 minibatches of 32 an epoch: the 20th step is amid the third."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    survivor, killed = alone(script, store, tmp_path / "two", 3, "new", 20)
     (one,) = run(script, 1, store, tmp_path / "one", 3, "new")
-    two = run(script, 2, store, tmp_path / "two", 2, "new")
+    said = survivor.communicate(timeout=180)[1]
+    killed.communicate(timeout=180)
+    assert (survivor.returncode, killed.returncode) == (1, -signal.SIGKILL), said[-3000:]
+    assert "TrainingError: process 0 of 2 has lost another one" in said
+    assert f"the last good checkpoint is {str(tmp_path / 'two-run')!r}" in said
+    assert not (tmp_path / "two").exists()
+    assert json.loads((tmp_path / "two-run" / "state.json").read_text())["progress"]["epoch"] == 2
+    shutil.copytree(tmp_path / "two-run", tmp_path / "after-run")
+    (after,) = run(script, 1, store, tmp_path / "after", 3, "resume")
+    two = run(script, 2, store, tmp_path / "two", 3, "resume")
     assert two[0] == two[1]
-    (after,) = run(script, 1, store, tmp_path / "two", 3, "resume")
-    assert after == pytest.approx(one, rel=1e-4)
-    whole, resumed = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
-    for name in whole:
-        torch.testing.assert_close(whole[name], resumed[name], rtol=2e-2, atol=2e-3, msg=name)
+    whole = load_file(tmp_path / "one" / "weights.safetensors")
+    for name, found in (("after", after), ("two", two[0])):
+        assert found == pytest.approx(one, rel=1e-4)
+        weights = load_file(tmp_path / name / "weights.safetensors")
+        for key in whole:
+            torch.testing.assert_close(whole[key], weights[key], rtol=2e-2, atol=2e-3, msg=f"{name} {key}")
 
 
 def test_of_one_process_nothing_is_summed():
