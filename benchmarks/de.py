@@ -33,8 +33,12 @@ PAPER = {"all_stats": False, "n_cells": 100, "n_draws": 200, "estimator": "paper
 QUESTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vanilla, defaults": ({}, {}),
     "vanilla, without raw means": ({"all_stats": False}, {"all_stats": False}),
+    "vanilla, without raw means, in bfloat16": (
+        {"all_stats": False, "precision": "bfloat16"}, {"all_stats": False},
+    ),
     "vanilla, under all batches": ({"batch_correction": True}, {"batch_correction": True}),
     "change": ({"mode": "change"}, {"mode": "change"}),
+    "change, in bfloat16": ({"mode": "change", "precision": "bfloat16"}, {"mode": "change"}),
     "paper, own batch": (
         {**PAPER, "batch_correction": False}, {"all_stats": False, "n_samples_overall": 20_000, "cells": 100},
     ),

@@ -15,8 +15,9 @@ from atlasvi_kernels.products import fast_products
 from numpy.typing import NDArray
 
 from atlasvi.de.sampling import OWN, Design, Segment
+from atlasvi.infer.decode import softmax_linear
 from atlasvi.stream import pack
-from atlasvi.types import Decodes, DecodesLinearly, Minibatch
+from atlasvi.types import Decodes, Minibatch
 
 if TYPE_CHECKING:
     from atlasvi.de.cells import Encoded
@@ -147,7 +148,14 @@ class Decoding:
 
 
 def decoding(
-    module: torch.nn.Module, atlas: Atlas, codes: Codes, design: Design, encoded: Encoded, seed: int
+    module: torch.nn.Module,
+    atlas: Atlas,
+    codes: Codes,
+    design: Design,
+    encoded: Encoded,
+    *,
+    precision: str,
+    seed: int,
 ) -> Decoding:
     """Draw z of every row: a draw depends on (seed, cell, draw) alone."""
     assert isinstance(module, Decodes)
@@ -157,6 +165,4 @@ def decoding(
         numbers = torch.from_numpy(atlas.numbers_of(cells).astype(np.int64))
         noise = counter_normal(seed, torch.from_numpy(draws), _Z, numbers, q.loc.shape[1])
         pools.append(q.rsample(noise))
-    weights = module.softmax_head() if isinstance(module, DecodesLinearly) else None
-    head = None if weights is None else SoftmaxLinear(*weights)
-    return Decoding(module, head, atlas, codes, design, torch.stack(pools))
+    return Decoding(module, softmax_linear(module, precision), atlas, codes, design, torch.stack(pools))

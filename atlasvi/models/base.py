@@ -1091,6 +1091,7 @@ class CountModel(Generic[Config, Module]):
         threshold_counts: float = 0.01,
         test_mode: str = "three",
         cred_interval_lvls: Sequence[float] = (),
+        precision: str = "float32",
         seed: int = 0,
         **unsupported: object,
     ) -> pd.DataFrame:
@@ -1135,6 +1136,7 @@ class CountModel(Generic[Config, Module]):
             threshold_counts: mean count below which a gene is not expressed, for that estimate.
             test_mode: ``"three"`` tells up from down, ``"two"`` takes them together.
             cred_interval_lvls: levels of credible intervals of the fold change to add.
+            precision: see `expression`.
             seed: of cells, draws and pairs. A draw depends on (seed, cell, draw) alone.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
@@ -1161,7 +1163,7 @@ class CountModel(Generic[Config, Module]):
         question = Question(
             mode, estimator, delta, all_stats, batches1, batches2, fdr_target, filter_outlier_cells,
             n_samples_overall, n_cells, n_draws, p_bound, bf_threshold, pseudocounts, threshold_counts,
-            test_mode, tuple(cred_interval_lvls), seed,
+            test_mode, tuple(cred_interval_lvls), precision, seed,
         )  # fmt: skip
         groups = groups_of(atlas, groupby, group1, group2, first, second)
         with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:

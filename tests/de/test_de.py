@@ -129,6 +129,20 @@ def test_a_model_whose_rho_is_no_softmax_is_asked_alike():
     a, b = (rho[design.draws[pool], design.cells[pool]] for pool in (0, 1))
     np.testing.assert_allclose(found["proba_m1"], (a > b).mean(0), atol=2 / 300)
     np.testing.assert_allclose(found["scale2"], np.exp(b).mean(0), rtol=1e-5)
+    with pytest.raises(OptionError, match="precision='bfloat16' is for models whose expression is a softmax"):
+        sized.differential_expression(None, "cell_type", "T", "B", precision="bfloat16", **QUIET)
+
+
+def test_rounded_products_change_next_to_nothing(model):
+    """Errors of rho below a percent: a few of the pairs change sides, of genes that are alike."""
+    ask = {"groupby": "cell_type", "group1": "T", "group2": "B", "n_samples_overall": 2000, **QUIET}
+    exact, rounded = (
+        in_order(model, model.differential_expression(**ask, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    gap = np.abs(exact["proba_m1"] - rounded["proba_m1"])
+    assert 0 < gap.max() < 0.02
+    np.testing.assert_allclose(exact["scale1"], rounded["scale1"], rtol=0.01)
 
 
 def test_the_papers_estimator_averages_bayes_factors_of_pairs_over_weighted_batches(model):
