@@ -30,6 +30,7 @@ from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
+from atlasvi.infer.predictive import check_table, predictive_sums
 from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.infer.sample import (
     NeighbouringCells,
@@ -40,6 +41,7 @@ from atlasvi.infer.sample import (
     likelihood_parameters,
     nearest,
     numbered,
+    rows_at_once,
     sampled_matrices,
 )
 from atlasvi.models.arguments import (
@@ -64,7 +66,7 @@ from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
+from atlasvi.store.fields import UNS_KEY, Codes, as_level, level_codes, register, resolve, uns_entry
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.fit import Checkpoints, Listeners, fit
@@ -1058,6 +1060,56 @@ class CountModel(Generic[Config, Module]):
             },
             index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
         )
+
+    def posterior_predictive_check(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        groupby: str | None = None,
+        gene_list: Sequence[str] | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Whether counts drawn from the model look like the counts: mean, variance and zeros of each gene.
+
+        Of every cell z is drawn from q(z|x), and counts from p(x|z, l), which makes one replicate of the
+        data; statistics of ``n_samples`` replicates stand beside those of the counts (Gelman et al. 1996).
+        Sums are added up as the cells are read: memory does not grow with their number.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            groupby: column of obs, such as the batch: the same for the cells of each level.
+            gene_list: names of genes; all when ``None``.
+            n_samples: replicates.
+            seed: of the draws. A count depends on (seed, replicate, cell, gene) alone.
+
+        Returns:
+            Three rows a gene (and group): ``statistic``, ``"mean"``, ``"variance"`` or ``"zero_share"``;
+            ``observed``; ``replicated``, the mean over replicates, ``low`` and ``high``, their extremes;
+            ``p``, the share of replicates above the observed value, half of those equal to it.
+
+        Raises:
+            OptionError: ``n_samples`` below 1.
+            ModelError: the model has no distribution of counts.
+
+        Example:
+            >>> found = model.posterior_predictive_check(n_samples=3)
+            >>> found[found["statistic"] == "mean"].shape == (atlas.n_vars, 6)
+            True
+        """
+        request = self._request(gene_list, None, "latent", n_samples, seed=seed)
+        atlas, _ = self._data(adata)
+        codes, levels = level_codes(atlas, groupby)
+        groups = codes if indices is None else codes[cell_positions(indices, atlas.n_obs)]
+        names = self.fields.var_names if gene_list is None else as_names(gene_list)
+        sums = predictive_sums(
+            self.module, self._minibatches(adata, indices, rows_at_once(len(names))), self._device,
+            groups, len(levels), self.fields.n_vars, request,
+        )  # fmt: skip
+        sizes = np.bincount(groups, minlength=len(levels))
+        return check_table(sums, sizes, names, None if groupby is None else levels)
 
     # --- differential expression ----------------------------------------------------------------
 
