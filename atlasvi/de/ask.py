@@ -25,6 +25,7 @@ from atlasvi.store.fields import as_level
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
+    import distributed
     import pandas as pd
 
     from atlasvi.store.atlas import Atlas
@@ -134,6 +135,7 @@ def differential_expression(
     groups: Groups,
     question: Question,
     advance: Advance,
+    client: distributed.Client | None = None,
 ) -> pd.DataFrame:
     """The body of `CountModel.differential_expression`, which says what the arguments are."""
     _check_sizes(groups)
@@ -144,7 +146,7 @@ def differential_expression(
     design = _design(atlas, codes, sampled, question)
     raw = question.all_stats or (question.mode == "change" and question.pseudocounts is None)
     encoded, sums = read_cells(
-        atlas, codes, module, groups, np.unique(design.cells), raw=raw, advance=advance
+        atlas, codes, module, groups, np.unique(design.cells), raw=raw, advance=advance, client=client
     )
     rows = decoding(module, atlas, codes, design, encoded, precision=question.precision, seed=question.seed)
     means = None if sums is None else [sums.of(pair) for pair in groups.comparisons]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR, SoftmaxLinear, counter_normal
+from atlasvi_kernels import SoftmaxLinear, counter_normal
 from atlasvi_kernels.products import fast_products
 from numpy.typing import NDArray
 
 from atlasvi.de.sampling import OWN, Design, Segment
 from atlasvi.infer.decode import softmax_linear
-from atlasvi.stream import pack
+from atlasvi.stream import pack_uncounted
 from atlasvi.types import Decodes, Minibatch
 
 if TYPE_CHECKING:
@@ -135,16 +135,10 @@ class Decoding:
     def _latent(self, row: NDArray[np.int64], pool: NDArray[np.int64]) -> tuple[torch.Tensor, Minibatch]:
         """Draws of z of some rows, and their cells in the batches that they are decoded under."""
         device = next(self.module.parameters()).device
-        minibatch = self._minibatch(self.design.cells[pool, row], self.design.batches[pool, row])
+        cells, batch = self.design.cells[pool, row], torch.from_numpy(self.design.batches[pool, row])
+        minibatch = pack_uncounted(cells, self.codes, self.atlas.numbers_of(cells))
+        minibatch = replace(minibatch, batch_index=torch.where(batch == OWN, minibatch.batch_index, batch))
         return self.z[pool, row].to(device), minibatch.to(device)
-
-    def _minibatch(self, cells: NDArray[np.int64], batches: NDArray[np.int64]) -> Minibatch:
-        """Cells without counts, which decoding does not ask for, under the batches they are decoded as."""
-        nothing = np.zeros(0, np.int32)
-        counts = CSR.from_numpy(np.zeros(len(cells) + 1, np.int64), nothing, nothing, self.n_vars)
-        minibatch = pack(counts, cells, self.codes, self.atlas.numbers_of(cells))
-        batch = torch.from_numpy(batches)
-        return replace(minibatch, batch_index=torch.where(batch == OWN, minibatch.batch_index, batch))
 
 
 def decoding(

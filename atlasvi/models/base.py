@@ -30,6 +30,7 @@ from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
+from atlasvi.infer.on_cluster import encode_on
 from atlasvi.infer.predictive import check_table, predictive_sums
 from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.infer.sample import (
@@ -83,6 +84,7 @@ from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Star
 
 if TYPE_CHECKING:
     import dask.array as da
+    import distributed
     import pandas as pd
 
 logger = logging.getLogger("atlasvi")
@@ -525,7 +527,12 @@ class CountModel(Generic[Config, Module]):
         return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
 
     def encode(
-        self, data: Data | None = None, *, cells: Any = None, batch_size: int | None = None
+        self,
+        data: Data | None = None,
+        *,
+        cells: Any = None,
+        batch_size: int | None = None,
+        client: distributed.Client | None = None,
     ) -> Encoded:
         """Latents of cells with all that decoding needs besides; given in place of data, no counts are read.
 
@@ -536,6 +543,11 @@ class CountModel(Generic[Config, Module]):
             data: other data; that of the model when ``None``. It need not have been set up.
             cells: positions (from the end if negative), a slice or a boolean mask.
             batch_size: cells at a time; does not change the result.
+            client: of a Dask cluster whose workers read and encode; see `Atlas.stream`. The model travels to
+                each of them once.
+
+        Raises:
+            OptionError: a client with which this cannot be.
 
         Example:
             >>> cells = model.encode()
@@ -548,6 +560,8 @@ class CountModel(Generic[Config, Module]):
         if cells is not None:
             atlas = atlas[cell_positions(cells, atlas.n_obs)]
             codes = resolve(self.fields, atlas)
+        if client is not None:
+            return encode_on(client, self.module, atlas, codes)
         epochs = Epochs(atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False)
         return encode_cells(self.module, epochs(), codes, atlas.row_numbers, atlas.read_names)
 
@@ -1145,6 +1159,7 @@ class CountModel(Generic[Config, Module]):
         cred_interval_lvls: Sequence[float] = (),
         precision: str = "float32",
         seed: int = 0,
+        client: distributed.Client | None = None,
         **unsupported: object,
     ) -> pd.DataFrame:
         """Which genes differ between groups of cells: a row a gene and comparison, from one pass over counts.
@@ -1190,6 +1205,7 @@ class CountModel(Generic[Config, Module]):
             cred_interval_lvls: levels of credible intervals of the fold change to add.
             precision: see `expression`.
             seed: of cells, draws and pairs. A draw depends on (seed, cell, draw) alone.
+            client: of a Dask cluster whose workers read, encode and add up; see `encode`.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
         Raises:
@@ -1220,7 +1236,7 @@ class CountModel(Generic[Config, Module]):
         groups = groups_of(atlas, groupby, group1, group2, first, second)
         with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:
             return differential_expression(
-                self.module, atlas, codes, self.fields.var_names, groups, question, advance
+                self.module, atlas, codes, self.fields.var_names, groups, question, advance, client
             )
 
     def calibration(
