@@ -1,23 +1,33 @@
-"""Cells encoded by the workers of a Dask cluster: the model travels to each once, counts to none.
+"""Cells encoded and decoded by the workers of a Dask cluster: the model travels to each once, counts to none.
 
 A task is told where its cells are and what is known of them besides their counts, reads them and gives a few
-numbers a cell.
+numbers a cell; or it decodes them, and writes rho where it is wanted.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+import zarr
 from numpy.typing import NDArray
 
-from atlasvi.infer.decode import in_batch, softmax_linear
-from atlasvi.infer.encoded import Encoded, EncodedBlock, encode_block, fingerprint, gathered, shares_of
+from atlasvi.infer.decode import Decoding, Request, in_batch, softmax_linear
+from atlasvi.infer.encoded import (
+    Encoded,
+    EncodedBlock,
+    FromCounts,
+    encode_block,
+    fingerprint,
+    gathered,
+    shares_of,
+)
 from atlasvi.store import cluster
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.fields import Codes
@@ -80,11 +90,67 @@ def encode_on(client: distributed.Client, module: torch.nn.Module, atlas: Atlas,
 
 def _encode(module: Any, cells: Sequence[Located]) -> dict[str, NDArray[np.float32]]:
     """The task."""
-    found = [
-        shares_of(encode_block(module, replace(known, counts=block.read()), np.arange(len(known))))
-        for block, known in cells
-    ]
+    found = [shares_of(block) for block in _encoded(module, cells)]
     return {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+
+
+def _encoded(module: Any, cells: Sequence[Located]) -> Iterator[EncodedBlock]:
+    for block, known in cells:
+        yield encode_block(module, replace(known, counts=block.read()), np.arange(len(known)))
+
+
+def decode_on(
+    client: distributed.Client,
+    module: torch.nn.Module,
+    request: Request,
+    n_vars: int,
+    cells: Callable[[int, int], Sequence[Located] | EncodedBlock],
+    array: Path,
+    ranges: Sequence[tuple[int, int]],
+) -> Iterator[int]:
+    """Have the workers of a cluster decode cells and write them; gives the number of cells done so far.
+
+    Args:
+        client: of the cluster, whose workers must see the stores and ``array`` under the same path.
+        module: satisfies `types.Decodes`.
+        request: what is asked.
+        n_vars: genes of the model.
+        cells: ``(start, stop) ->`` where they are, from `located`, or their latents.
+        array: a Zarr array, cells x genes.
+        ranges: ``(start, stop)``, a chunk or several each: two workers never write to the same one.
+    """
+    n_workers = cluster.count_readers(client)
+    sent = send_module(client, module)
+    where = str(array.absolute())
+    if request.genes is not None:
+        request = replace(request, genes=request.genes.cpu())
+    calls = ((sent, request, n_vars, cells(start, stop), where, start) for start, stop in ranges)
+    with closing(cluster.in_order(client, _decode, calls, ahead=2 * n_workers)) as written:
+        for (_, stop), _ in zip(ranges, written, strict=True):
+            yield stop
+
+
+def _decode(
+    module: Any,
+    request: Request,
+    n_vars: int,
+    cells: Sequence[Located] | EncodedBlock,
+    array: str,
+    start: int,
+) -> None:
+    """The task."""
+    blocks = [cells] if isinstance(cells, EncodedBlock) else _encoded(module, cells)
+    # What normalisers are known stays where it is: to send them would cost more than they save.
+    nothing_kept = FromCounts(module, 0, lambda *_: cells)  # type: ignore[arg-type]
+    decoding = Decoding(module, request, nothing_kept, n_vars)
+    found = []
+    for block in blocks:
+        rho = np.empty((len(block.positions), decoding.n_out), np.float32)
+        decoding(block, rho)
+        found.append(rho)
+    rho = np.concatenate(found)
+    target: Any = zarr.open_array(array, mode="r+")
+    target[start : start + len(rho)] = rho
 
 
 def fill_normalisers_on(
@@ -133,4 +199,4 @@ def _normalise(
     ]
 
 
-__all__ = ["encode_on", "fill_normalisers_on", "located", "send_module", "tasks"]
+__all__ = ["decode_on", "encode_on", "fill_normalisers_on", "located", "send_module", "tasks"]

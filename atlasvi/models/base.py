@@ -30,7 +30,7 @@ from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
-from atlasvi.infer.on_cluster import encode_on
+from atlasvi.infer.on_cluster import decode_on, encode_on, located
 from atlasvi.infer.predictive import check_table, predictive_sums
 from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.infer.sample import (
@@ -45,6 +45,7 @@ from atlasvi.infer.sample import (
     rows_at_once,
     sampled_matrices,
 )
+from atlasvi.infer.write import reader, write_expression
 from atlasvi.models.arguments import (
     as_names,
     at_least_one,
@@ -65,6 +66,7 @@ from atlasvi.models.data import (
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
+from atlasvi.store import cluster
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, level_codes, register, resolve, uns_entry
@@ -622,6 +624,67 @@ class CountModel(Generic[Config, Module]):
         )
         source, _ = self._source(data, cells)
         return lazy_expression(self.module, source, self.fields.n_vars, request, memory_budget=memory_budget)
+
+    def write_expression(
+        self,
+        out: str | Path,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+        overwrite: bool = False,
+        silent: bool = True,
+        client: distributed.Client | None = None,
+    ) -> None:
+        """Write `expression` chunk by chunk, as X of an AnnData Zarr store.
+
+        Args:
+            out: the store.
+            data: with the arguments that follow as `expression` has them.
+            cells: positions, a slice or a boolean mask.
+            genes: names of genes, in the order wanted; all when ``None``.
+            transform_batch: decode as if every cell came from this batch; several are averaged.
+            library_size: rho is multiplied by it.
+            n_samples: draws of z, averaged over.
+            seed: of the draws.
+            precision: of the product with the decoder's last layer.
+            memory_budget: of the chunks in work.
+            overwrite: replace a store that is there.
+            silent: show no progress bar.
+            client: of a Dask cluster whose workers decode, and write: they must see ``out`` under its path.
+                The model travels to each of them once.
+
+        Raises:
+            StoreError: there is something already.
+            SpaceError: the disk is full; nothing is left behind.
+
+        Example:
+            >>> model.write_expression("rho.zarr", genes=["G0001"], overwrite=True)
+            >>> atlasvi.open("rho.zarr").n_vars
+            1
+        """
+        request = self._request(
+            genes, transform_batch, library_size, n_samples, seed=seed, precision=precision
+        )
+        n_vars = self.fields.n_vars
+        source, names = self._source(data, cells)
+        rho = lazy_expression(self.module, source, n_vars, request, memory_budget=memory_budget)
+        whole = data if isinstance(data, Encoded) else self._data(data)[0]
+        read_names = whole.read_names if cells is None else reader(names())
+        elsewhere = None
+        if client is not None:
+            elsewhere = partial(decode_on, client, self.module, request, n_vars, self._sent(data, cells))
+        with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
+            write_expression(
+                rho, read_names, list(self.fields.var_names) if genes is None else as_names(genes), Path(out),
+                overwrite=overwrite, advance=advance, elsewhere=elsewhere,
+            )  # fmt: skip
 
     def get_normalized_expression(
         self,
@@ -1479,6 +1542,16 @@ class CountModel(Generic[Config, Module]):
             return atlas.obs_names if positions is None else atlas.obs_names[positions]
 
         return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
+
+    def _sent(self, data: Data | Encoded | None, cells: Any) -> Callable[[int, int], Any]:
+        """``(start, stop) ->`` what a cluster's workers need to decode cells: latents, or where they are."""
+        if isinstance(data, Encoded):
+            stored, _ = self._source(data, cells)
+            return lambda start, stop: stored.read(start, stop, torch.device("cpu"))
+        atlas, codes = self._data(data)
+        cluster.check_places(atlas)
+        chosen = np.arange(atlas.n_obs) if cells is None else cell_positions(cells, atlas.n_obs)
+        return lambda start, stop: located(atlas, codes, chosen[start:stop])
 
     def _drawn(
         self, source: Source, request: Request, names: Callable[[], NDArray[Any]], out: str | Path | None

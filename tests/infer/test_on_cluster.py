@@ -3,8 +3,10 @@
 import logging
 import pickle
 
+import anndata
 import numpy as np
 import pytest
+import zarr
 
 import atlasvi
 from atlasvi.errors import OptionError
@@ -99,6 +101,24 @@ def test_what_is_published_is_the_same(client, model, tmp_path):
     assert len(here.normalisers) == 4
     for key, values in here.normalisers.items():
         np.testing.assert_allclose(values, there.normalisers[key], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_expression_is_written_as_it_is_here(client, model, tmp_path, monkeypatch, stored):
+    monkeypatch.setattr("atlasvi.infer.decode.CHUNK_BYTES", 1 << 11)
+    cells = np.random.default_rng(1).permutation(700)[:650]
+    genes = list(model.fields.var_names[7:2:-1])
+    data = model.encode() if stored else None
+    for i, how in enumerate(({}, {"cells": cells, "genes": genes, "n_samples": 2, "library_size": "latent"})):
+        for name, where in (("here", None), ("there", client)):
+            model.write_expression(tmp_path / f"{name}{i}", data, client=where, **how)
+        here, there = (anndata.read_zarr(tmp_path / f"{name}{i}") for name in ("here", "there"))
+        assert zarr.open_array(tmp_path / f"there{i}" / "X").nchunks > 4
+        np.testing.assert_allclose(here.X, there.X, rtol=1e-4)
+        assert (here.obs_names == there.obs_names).all()
+        assert (here.var_names == there.var_names).all()
+        expected = model.expression(data, **how).compute(scheduler="threads")
+        np.testing.assert_allclose(here.X, expected, rtol=1e-4)
 
 
 def test_counts_in_memory_are_refused(client):
