@@ -369,9 +369,7 @@ def decode(
     Example: atlasvi decode model atlas.zarr -o rho.zarr -g CD3E -g MS4A1
     """
     from atlasvi.errors import OptionError
-    from atlasvi.infer.write import write_expression
     from atlasvi.models import load
-    from atlasvi.progress import bar
 
     try:
         library: float | str = library_size if library_size == "latent" else float(library_size)
@@ -380,13 +378,12 @@ def decode(
     if out.resolve() in (Path(atlas).resolve(), model.resolve()):
         raise OptionError(f"--out {str(out)!r} is what is read from; name another place for the result")
     trained = load(model, atlas)
-    rho = trained.expression(
-        genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples, seed=seed
-    )
-    with bar("decode", rho.shape[0], "cells") as advance:
-        names = list(genes or trained.fields.var_names)
-        write_expression(rho, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance)
-    typer.echo(f"rho: {rho.shape[0]:,} cells x {rho.shape[1]:,} genes -> {out}")
+    trained.write_expression(
+        out, genes=genes, transform_batch=transform_batch, library_size=library, n_samples=n_samples,
+        seed=seed, overwrite=overwrite, silent=False,
+    )  # fmt: skip
+    n_genes = len(genes or trained.fields.var_names)
+    typer.echo(f"rho: {trained.atlas.n_obs:,} cells x {n_genes:,} genes -> {out}")
 
 
 @app.command()

@@ -209,39 +209,90 @@ def identity_scatter(
     y_label: str,
     alt: str,
     size: int = 500,
+    log: bool = True,
 ) -> str:
-    """Positive values against positive values on equal logarithmic axes, with the line of equality.
+    """Values against values on equal axes, with the line of equality.
 
     Args:
-        x: ``(n,)``, > 0.
-        y: ``(n,)``, > 0.
+        x: ``(n,)``, > 0 on logarithmic axes.
+        y: ``(n,)``, likewise.
         codes: ``(n,)`` class of each point; later classes lie above earlier ones.
         colours: of the classes.
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
         alt: alternative text.
         size: of the square, in pixels.
+        log: whether the axes are logarithmic.
     """
     # Between the extremes but for one in a thousand, which are drawn at the edge.
-    low, high = np.quantile(np.concatenate([x, y]), [0.001, 1.0])
-    low, high = float(low) / 1.2, float(high) * 1.3
+    low, high = (float(value) for value in np.quantile(np.concatenate([x, y]), [0.001, 1.0]))
+    margin = 0.03 * (high - low) or 0.01
+    low, high = (low / 1.2, high * 1.3) if log else (low - margin, high + margin)
     frame = (66, 14, size - 14, size - 50)
-    x_axis, y_axis = Axis(low, high, frame[0], frame[2], True), Axis(low, high, frame[3], frame[1], True)
+    x_axis, y_axis = Axis(low, high, frame[0], frame[2], log), Axis(low, high, frame[3], frame[1], log)
     parts = [_grid(x_axis, y_axis, frame, x_label, y_label)]
     parts.append(
         f'<line class="axis" stroke-dasharray="5 4" x1="{frame[0]}" y1="{frame[3]}" x2="{frame[2]}" '
         f'y2="{frame[1]}"><title>equal</title></line>'
     )
-    logs = [np.log10(np.clip(values, low, high) / low) / math.log10(high / low) for values in (x, y)]
-    points = np.stack(
-        [frame[0] + logs[0] * (frame[2] - frame[0]), frame[3] + logs[1] * (frame[1] - frame[3])], 1
-    )
+    inside = [np.clip(values, low, high).tolist() for values in (x, y)]
+    points = np.stack([[x_axis(value) for value in inside[0]], [y_axis(value) for value in inside[1]]], 1)
     for code, colour in enumerate(colours):
         few = np.count_nonzero(codes == code) < 500
         parts.append(
             _dots(points[codes == code], colour, 5.0 if few else 3.4, opacity=0.8 if code or few else 0.45)
         )
     return _svg(size, size, "".join(parts), alt)
+
+
+def predictive_check(found: pd.DataFrame, *, group: str | None = None, size: int = 360) -> str:
+    """Mean, variance and share of zeros of each gene, observed against replicated by the model.
+
+    Genes whose observed value is beyond that of every replicate are counted, and in colour.
+
+    Args:
+        found: from ``model.posterior_predictive_check``.
+        group: which one, where there are several.
+        size: of each of the three squares, in pixels.
+
+    Raises:
+        OptionError: no such group, or none named of several.
+
+    Example:
+        >>> predictive_check(model.posterior_predictive_check(n_samples=2)).startswith("<svg")
+        True
+    """
+    if "group" in found:
+        levels = [str(level) for level in found["group"].unique()]
+        if group is None and len(levels) > 1:
+            raise OptionError(
+                f"the check is of {len(levels)} groups; name one with group=, such as {levels[0]!r}"
+            )
+        if group is not None and group not in levels:
+            raise OptionError(f"there is no group {group!r}; the check has {', '.join(levels[:10])}")
+        found = found[found["group"].astype(str) == (group or levels[0])]
+    panels = []
+    for i, (statistic, name) in enumerate(
+        {"mean": "mean", "variance": "variance", "zero_share": "share of zeros"}.items()
+    ):
+        rows = found[(found["statistic"] == statistic) & found["observed"].notna()]
+        observed, replicated = rows["observed"].to_numpy(), rows["replicated"].to_numpy()
+        is_log = statistic != "zero_share"
+        if is_log:
+            # Genes without counts on one side are drawn at the edge.
+            both = np.concatenate([observed, replicated])
+            least = both[both > 0].min() if (both > 0).any() else 1.0
+            observed, replicated = np.maximum(observed, least), np.maximum(replicated, least)
+        beyond = ((rows["p"] == 0) | (rows["p"] == 1)).to_numpy()
+        panel = identity_scatter(
+            observed, replicated, beyond.astype(int), [GREY, "var(--accent-2)"],
+            x_label=f"{name}, observed", y_label="replicated", alt=name, size=size, log=is_log,
+        )  # fmt: skip
+        panels.append(place(panel, i * (size + 12), 24))
+        text = f"{name}: {int(beyond.sum()):,} of {len(rows):,} genes beyond"
+        panels.append(f'<text class="strong" x="{i * (size + 12) + 4}" y="15">{escape(text)}</text>')
+    alt = "Posterior predictive check" + ("" if group is None else f" of {group}")
+    return _svg(3 * size + 24, size + 24, "".join(panels), alt)
 
 
 def heat_maps(

@@ -3,15 +3,19 @@
 The cells are simulated with known truth, scvi-tools trains on them (`benchmarks.peers.scvi_tools_de`), and
 its weights are copied, so that both are asked the same question of the same model. First it is seen that they
 say the same: differences of Bayes factors between the two, beside those between scvi-tools' own seeds. Then
-how well each finds what is true, what ours finds between halves of one type, and what each question takes,
-the two in turn.
+how well each finds what is true, what ours finds between halves of one type (written to
+`benchmarks/de_calibration.json`) and of as few cells of two, and what each question takes,
+the two in turn: seconds on all cores, or with `--processor` those that one thread was computing, which others
+on the machine change less.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -29,12 +33,17 @@ SIMULATION: dict[str, Any] = {
 }  # fmt: skip
 PAIR = {"groupby": "cell_type", "group1": "C1", "group2": "A3"}
 PAPER = {"all_stats": False, "n_cells": 100, "n_draws": 200, "estimator": "paper"}
+CALIBRATION = Path(__file__).with_name("de_calibration.json")
 # Name, what ours is asked, what scvi-tools is asked: in the paper's setting as many draws of as many cells.
 QUESTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vanilla, defaults": ({}, {}),
     "vanilla, without raw means": ({"all_stats": False}, {"all_stats": False}),
+    "vanilla, without raw means, in bfloat16": (
+        {"all_stats": False, "precision": "bfloat16"}, {"all_stats": False},
+    ),
     "vanilla, under all batches": ({"batch_correction": True}, {"batch_correction": True}),
     "change": ({"mode": "change"}, {"mode": "change"}),
+    "change, in bfloat16": ({"mode": "change", "precision": "bfloat16"}, {"mode": "change"}),
     "paper, own batch": (
         {**PAPER, "batch_correction": False}, {"all_stats": False, "n_samples_overall": 20_000, "cells": 100},
     ),
@@ -44,7 +53,11 @@ QUESTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-PARTS = ("agreement", "truth", "halves", "times")
+# What is called: K beyond 3, or an expected share of false calls.
+CALLERS: dict[str, dict[str, Any]] = {
+    "pooled": {}, "paper": {"estimator": "paper"}, "change": {"mode": "change"},
+}  # fmt: skip
+PARTS = ("agreement", "truth", "calibration", "times")
 
 
 def main() -> None:
@@ -55,14 +68,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a question")
+    parser.add_argument("--processor", action="store_true", help="processor time of one thread")
     parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    torch.set_num_threads(n_cores())
+    torch.set_num_threads(1 if options.processor else n_cores())
+    clock = time.process_time if options.processor else time.perf_counter
     print(machine(), flush=True)
     folder = options.folder.resolve()
     simulation, path = _cells(folder)
-    with Worker([str(options.peer), "-m", "benchmarks.peers.scvi_tools_de", str(folder)]) as peer:
+    command = [str(options.peer), "-m", "benchmarks.peers.scvi_tools_de", str(folder)]
+    with Worker(command + ["--processor"] * options.processor) as peer:
         peer.ask("weights", file=str(folder / "weights.npz"))
         model = _model(path, folder / "weights.npz")
         groups = _groups(model)
@@ -70,10 +86,12 @@ def main() -> None:
             print(_agreement(model, peer, folder, options.seeds), flush=True)
         if "truth" in options.part:
             print(_truth(model, peer, folder, simulation, groups, options.seeds), flush=True)
-        if "halves" in options.part:
-            print(_halves(model), flush=True)
+        if "calibration" in options.part:
+            result = _calibration(model, simulation, groups, n_splits=20, n_cells=100)
+            CALIBRATION.write_text(json.dumps(result, indent=1) + "\n")
+            print(_calibrated(result), flush=True)
         if "times" in options.part:
-            print(_times(model, peer, groups, options), flush=True)
+            print(_times(model, peer, groups, clock, options), flush=True)
 
 
 def _cells(folder: Path) -> tuple[Any, Path]:
@@ -176,24 +194,56 @@ def _truth(model: Any, peer: Worker, folder: Path, simulation: Any, groups: Any,
     return f"{said}\n{table(heads, rows, markdown=True)}"
 
 
-def _halves(model: Any) -> str:
+def _calibration(
+    model: Any, simulation: Any, groups: tuple[np.ndarray, np.ndarray], n_splits: int, n_cells: int
+) -> dict[str, Any]:
+    """What is called of ``n_cells`` against as many: of one type, where nothing is true, and of two types."""
+    one, two = (np.log2(simulation.true_rho_of(cells).mean(0)) for cells in groups)
+    change = np.abs(one - two)
+    result: dict[str, Any] = {
+        "machine": machine(), "simulation": SIMULATION, "type": PAIR["group1"], "other": PAIR["group2"],
+        "splits": n_splits, "cells": n_cells, "genes": {name: int(of.sum()) for name, of in _truths(change)},
+    }  # fmt: skip
+    for name, arguments in CALLERS.items():
+        halves = model.calibration(
+            groupby="cell_type", group=PAIR["group1"], n_splits=n_splits, n_cells=n_cells, **arguments
+        )
+        called = []
+        for split in range(n_splits):
+            rng = np.random.default_rng(split)
+            sets = [np.sort(rng.choice(cells, n_cells, replace=False)) for cells in groups]
+            found = model.differential_expression(
+                idx1=sets[0], idx2=sets[1], all_stats=False, silent=True, seed=split, **arguments
+            ).loc[list(model.fields.var_names)]
+            called.append(found[next(c for c in found if c.startswith("is_de_"))].to_numpy(bool))
+        result[name] = {
+            "share_called": float(halves["share_called"].mean()),
+            "splits_with_calls": int((halves["n_called"] > 0).sum()),
+            "largest": float(halves["largest"].max()),
+            "of_two_types": {name: float(np.mean(called, 0)[of].mean()) for name, of in _truths(change)},
+        }
+        print(name, result[name], flush=True)
+    return result
+
+
+def _truths(change: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    return [("> 1", change > 1), ("0.5 to 1", (change > 0.5) & (change <= 1)), ("< 0.25", change < 0.25)]
+
+
+def _calibrated(result: dict[str, Any]) -> str:
     rows = []
-    for name, arguments in {
-        "pooled": {},
-        "paper": {"estimator": "paper"},
-        "change": {"mode": "change"},
-    }.items():
-        found = model.calibration(groupby="cell_type", group=PAIR["group1"], **arguments)
-        rows.append([name, f"{found['share_called'].mean():.4%}", f"{found['largest'].max():.2f}"])
-    heads = [
-        "a type against itself, 20 x 100 cells against 100",
-        "share called",
-        "largest |K| or probability",
-    ]
+    for name in CALLERS:
+        found = result[name]
+        shares = [f"{100 * share:.1f} %" for share in found["of_two_types"].values()]
+        halves = f"{100 * found['share_called']:.3f} %", f"{found['largest']:.2f}"
+        rows.append([name, *halves, *shares])
+    heads = ["", "called within a type", "largest", *(f"called, change {name}" for name in result["genes"])]
     return table(heads, rows, markdown=True)
 
 
-def _times(model: Any, peer: Worker, groups: Any, options: argparse.Namespace) -> str:
+def _times(
+    model: Any, peer: Worker, groups: Any, clock: Callable[[], float], options: argparse.Namespace
+) -> str:
     rows = []
     for name in options.only:
         ours, theirs = (dict(arguments) for arguments in QUESTIONS[name])
@@ -205,9 +255,9 @@ def _times(model: Any, peer: Worker, groups: Any, options: argparse.Namespace) -
             pair = dict(zip(("idx1", "idx2"), sets, strict=True))
 
         def run(arguments: dict[str, Any]) -> float:
-            begun = time.perf_counter()
+            begun = clock()
             model.differential_expression(silent=True, **arguments)
-            return time.perf_counter() - begun
+            return clock() - begun
 
         runs = {
             "atlasvi": partial(run, {**pair, **ours}),

@@ -25,6 +25,7 @@ from atlasvi.store.fields import as_level
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
+    import distributed
     import pandas as pd
 
     from atlasvi.store.atlas import Atlas
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 # Of scvi-tools; keeps K of all pairs on one side at 18.4.
 _POOLED_BOUND = 1e-8
-_ALLOWED = {"mode": ("vanilla", "change"), "estimator": ("pooled", "paper"), "test_mode": ("two", "three")}
+_ALLOWED = {
+    "mode": ("vanilla", "change"), "estimator": ("pooled", "paper"), "test_mode": ("two", "three"),
+    "precision": ("float32", "bfloat16"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Question:
         threshold_counts: mean count below which a gene counts as not expressed, for that estimate.
         test_mode: ``"three"`` tells up from down, ``"two"`` does not.
         cred_interval_lvls: levels of credible intervals to add.
+        precision: of the product with the last layer, ``"float32"`` or ``"bfloat16"``.
         seed: of cells and draws.
     """
 
@@ -77,6 +82,7 @@ class Question:
     threshold_counts: float = 0.01
     test_mode: str = "three"
     cred_interval_lvls: tuple[float, ...] = ()
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +135,7 @@ def differential_expression(
     groups: Groups,
     question: Question,
     advance: Advance,
+    client: distributed.Client | None = None,
 ) -> pd.DataFrame:
     """The body of `CountModel.differential_expression`, which says what the arguments are."""
     _check_sizes(groups)
@@ -139,9 +146,9 @@ def differential_expression(
     design = _design(atlas, codes, sampled, question)
     raw = question.all_stats or (question.mode == "change" and question.pseudocounts is None)
     encoded, sums = read_cells(
-        atlas, codes, module, groups, np.unique(design.cells), raw=raw, advance=advance
+        atlas, codes, module, groups, np.unique(design.cells), raw=raw, advance=advance, client=client
     )
-    rows = decoding(module, atlas, codes, design, encoded, question.seed)
+    rows = decoding(module, atlas, codes, design, encoded, precision=question.precision, seed=question.seed)
     means = None if sums is None else [sums.of(pair) for pair in groups.comparisons]
     if question.mode == "vanilla":
         found = compare_vanilla(rows, question.bound)

@@ -10,20 +10,24 @@ from typing import Any
 
 import numba
 import numpy as np
-from atlasvi_kernels.math_cpu import log32, vector_code
+from atlasvi_kernels.math_cpu import log32, max32, vector_code
 from atlasvi_kernels.parallel import in_parallel, n_threads
 from numpy.typing import NDArray
 
 # Genes at a time: what is added to stays in the nearest cache.
 _TILE = 512
-_LANES = 16
+_LANES = 64
 _LN2 = np.float32(math.log(2))
+_FLAGS = {"contract", "nsz", "nnan", "ninf"}
 
 
 def _compiled(function: Any) -> Any:
-    return numba.njit(
-        fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy", nogil=True, cache=True
-    )(function)
+    return numba.njit(fastmath=_FLAGS, error_model="numpy", nogil=True, cache=True)(function)
+
+
+def _compiled_sums(function: Any) -> Any:
+    """Of a row each, in any order: else they are not vector code."""
+    return numba.njit(fastmath=_FLAGS | {"reassoc"}, error_model="numpy", nogil=True, cache=True)(function)
 
 
 def over_genes(function: Any, n_vars: int, *arguments: Any) -> None:
@@ -55,6 +59,15 @@ def add_rho(part, start, stop, rho, pools, sums):  # type: ignore[no-untyped-def
             row, total = rho[r, first:last], sums[pools[r], first:last]
             for g in range(last - first):
                 total[g] += row[g]
+
+
+@_compiled
+def count_and_add(part, start, stop, rho, one, two, pools, counts, sums):  # type: ignore[no-untyped-def]
+    """`count_higher` and `add_rho`, while some genes of all rows are in a cache."""
+    for first in range(start, stop, _TILE):
+        last = min(first + _TILE, stop)
+        count_higher(part, first, last, rho, one, two, counts)
+        add_rho(part, first, last, rho, pools, sums)
 
 
 @_compiled
@@ -114,31 +127,35 @@ def take_change(part, start, stop, rho, one, two, offset, factor, at, higher, lo
                     change[k, first + g, at + i] = lanes[g]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled_sums
 def describe(part, start, stop, change, mean, std, low, high):  # type: ignore[no-untyped-def]
     """Mean, standard deviation (n), lowest and highest of each gene's row of ``change`` (G, m)."""
+    vector_code()
     m = change.shape[1]
     for g in range(start, stop):
-        total, lowest, highest = 0.0, np.inf, -np.inf
+        row = change[g]
+        total, square, below, above = 0.0, 0.0, -row[0], row[0]
         for i in range(m):
-            x = np.float64(change[g, i])
-            total += x
-            lowest, highest = min(lowest, x), max(highest, x)
-        centre, square = total / m, 0.0
+            total += row[i]
         for i in range(m):
-            square += (change[g, i] - centre) ** 2
-        mean[g], std[g], low[g], high[g] = centre, math.sqrt(square / m), lowest, highest
+            below, above = max32(below, -row[i]), max32(above, row[i])
+        centre = total / m
+        for i in range(m):
+            square += (row[i] - centre) ** 2
+        mean[g], std[g], low[g], high[g] = centre, math.sqrt(square / m), -below, above
 
 
 def median(change: NDArray[np.float32]) -> NDArray[np.float64]:
     """``(G,)`` of each row of ``change`` (G, m), which is put into another order."""
     out = np.empty(len(change))
-    m = change.shape[1]
+    half, rest = divmod(change.shape[1], 2)
 
     def part(_: int, start: int, stop: int) -> None:
         block = change[start:stop]
-        block.partition([(m - 1) // 2, m // 2], axis=1)
-        out[start:stop] = block[:, [(m - 1) // 2, m // 2]].mean(1, dtype=np.float64)
+        # For one place numpy has vector code, which takes an eighth of the time of that for two.
+        block.partition(half, axis=1)
+        upper = block[:, half].astype(np.float64)
+        out[start:stop] = upper if rest else (upper + block[:, :half].max(1)) / 2
 
     in_parallel(part, len(change), parts=n_threads(max(1, len(change) // 64)))
     return out

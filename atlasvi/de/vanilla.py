@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atlasvi.de.compare import add_rho, count_higher, over_genes
+from atlasvi.de.compare import count_and_add, over_genes
 from atlasvi.de.decoding import Decoding
 
 
@@ -49,8 +49,7 @@ def compare_vanilla(decoding: Decoding, bound: float) -> Vanilla:
     rho, scale = np.zeros((len(design.cells), n_vars)), np.zeros((len(design.cells), n_vars))
     n_pairs = 0
     for piece in decoding.pieces():
-        over_genes(count_higher, n_vars, piece.rho, piece.one, piece.two, counts)
-        over_genes(add_rho, n_vars, piece.rho, piece.pools, rho)
+        over_genes(count_and_add, n_vars, piece.rho, piece.one, piece.two, piece.pools, counts, rho)
         if not piece.last:
             continue
         share = piece.segment.weight / (piece.segment.stop - piece.segment.start)

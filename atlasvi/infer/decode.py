@@ -70,14 +70,7 @@ class Decoding:
         self._module: Any = module
         self._request, self._source = request, source
         self.n_out = n_vars if request.genes is None else len(request.genes)
-        weights = module.softmax_head() if isinstance(module, DecodesLinearly) else None
-        if weights is None and request.precision != "float32":
-            raise OptionError(
-                f"precision={request.precision!r} is for models whose expression is a softmax; use 'float32'"
-            )
-        self._head = (
-            None if weights is None else SoftmaxLinear(*weights, request.genes, precision=request.precision)
-        )
+        self._head = softmax_linear(module, request.precision, request.genes)
 
     @torch.no_grad()
     def __call__(self, block: EncodedBlock, out: NDArray[np.float32]) -> None:
@@ -137,6 +130,24 @@ class Decoding:
             new = self._head.log_normaliser(h[torch.from_numpy(missing).to(h.device)]).cpu().numpy()
             found[missing] = kept[positions[missing]] = new
         return torch.from_numpy(found).to(h.device)
+
+
+def softmax_linear(
+    module: torch.nn.Module, precision: str, genes: torch.Tensor | None = None
+) -> SoftmaxLinear | None:
+    """The last layer of a module, its weights laid out; ``None`` where rho is no softmax of one.
+
+    Raises:
+        OptionError: a precision that is not ``"float32"``, and no such layer.
+    """
+    weights = module.softmax_head() if isinstance(module, DecodesLinearly) else None
+    if weights is not None:
+        return SoftmaxLinear(*weights, genes, precision=precision)
+    if precision != "float32":
+        raise OptionError(
+            f"precision={precision!r} is for models whose expression is a softmax; use 'float32'"
+        )
+    return None
 
 
 def in_batch(cells: Minibatch, code: int | None) -> Minibatch:
@@ -276,4 +287,5 @@ __all__ = [
     "lazy_expression",
     "piece_rows",
     "rows_of_chunks",
+    "softmax_linear",
 ]

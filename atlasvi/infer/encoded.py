@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import ModelError
 from atlasvi.store.fields import Codes
-from atlasvi.stream import pack
-from atlasvi.types import CSR, Decodes, Encodes, InfersLibrary, Minibatch, Noise, Posterior
+from atlasvi.stream import pack_uncounted
+from atlasvi.types import Decodes, Encodes, InfersLibrary, Minibatch, Noise, Posterior
 
 # Noise streams of the draws of z and of l; models use the same for theirs, at training steps of another seed.
 _Z, _LIBRARY = 0, 1
@@ -188,16 +188,11 @@ class Encoded:
         def at(values: NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(np.asarray(values[positions], np.float32)).to(device)
 
-        n = len(positions)
-        nothing = CSR.from_numpy(
-            np.zeros(n + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32),
-            len(self.codes.gene_columns),
-        )  # fmt: skip
         return EncodedBlock(
             Posterior(at(self.loc), at(self.scale)),
             at(self.library),
             None if self.library_scale is None else at(self.library_scale),
-            pack(nothing, positions, self.codes, self.rows[positions]).to(device),
+            pack_uncounted(positions, self.codes, self.rows[positions]).to(device),
             positions,
         )
 
@@ -255,23 +250,38 @@ def encode_cells(
     """
     module.eval()
     device = next(module.parameters()).device
+    encoded = (encode_block(module, cells.to(device), np.arange(len(cells))) for cells in minibatches)
+    return gathered(map(shares_of, encoded), codes, rows, read_names, fingerprint(module))
+
+
+def shares_of(block: EncodedBlock) -> dict[str, NDArray[np.float32]]:
+    """What `Encoded` holds of some cells, by name."""
+    found = {"loc": block.qz.loc, "scale": block.qz.scale, "library": block.library}
+    if block.library_scale is not None:
+        found["library_scale"] = block.library_scale
+    return {key: values.cpu().numpy() for key, values in found.items()}
+
+
+def gathered(
+    shares: Iterator[dict[str, NDArray[np.float32]]],
+    codes: Codes,
+    rows: NDArray[np.int64],
+    read_names: Callable[[int, int], NDArray[Any]],
+    weights: str,
+) -> Encoded:
+    """Blocks of cells, from `shares_of`, as they come one after the other; arguments as `Encoded`."""
     # Filled as they come: a list of pieces would be held beside the whole.
     parts: dict[str, NDArray[np.float32]] = {}
     start = 0
-    for minibatch in minibatches:
-        stop = start + len(minibatch)
-        block = encode_block(module, minibatch.to(device), np.arange(start, stop))
-        new = {"loc": block.qz.loc, "scale": block.qz.scale, "library": block.library}
-        if block.library_scale is not None:
-            new["library_scale"] = block.library_scale
+    for new in shares:
         for key, values in new.items():
             if key not in parts:
                 parts[key] = np.empty((len(rows), *values.shape[1:]), np.float32)
-            parts[key][start:stop] = values.cpu().numpy()
-        start = stop
+            parts[key][start : start + len(values)] = values
+        start += len(new["library"])
     return Encoded(
-        parts["loc"], parts["scale"], parts["library"], parts.get("library_scale"),
-        codes, rows, read_names, fingerprint(module),
+        parts["loc"], parts["scale"], parts["library"], parts.get("library_scale"), codes, rows, read_names,
+        weights,
     )  # fmt: skip
 
 
@@ -294,4 +304,6 @@ __all__ = [
     "encode_block",
     "encode_cells",
     "fingerprint",
+    "gathered",
+    "shares_of",
 ]

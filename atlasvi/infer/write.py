@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,11 @@ def _check_cells(target: Atlas, atlas: Atlas) -> None:
         )
 
 
+def reader(names: NDArray[np.generic]) -> Callable[[int, int], NDArray[np.generic]]:
+    """``(start, stop) ->`` some of these names."""
+    return lambda start, stop: names[start:stop]
+
+
 def write_expression(
     rho: da.Array,
     read_names: Callable[[int, int], NDArray[np.generic]],
@@ -90,6 +96,7 @@ def write_expression(
     overwrite: bool,
     advance: Advance,
     layers: Mapping[str, da.Array] | None = None,
+    elsewhere: Callable[[Path, Sequence[tuple[int, int]]], Iterator[int]] | None = None,
 ) -> None:
     """Compute a lazy array chunk by chunk into an AnnData Zarr store with it as X, and others as layers.
 
@@ -101,6 +108,8 @@ def write_expression(
         overwrite: replace what is there.
         advance: told the number of cells so far.
         layers: more arrays of the same cells and genes, and in the same chunks.
+        elsewhere: has others compute X, and write it: of the place of the array and the ranges of its chunks
+            it gives the number of cells done, again and again; see `on_cluster.decode_on`.
 
     Raises:
         StoreError: there is something already.
@@ -132,10 +141,15 @@ def write_expression(
             for array, lazy in arrays:
                 array[starts[index] : starts[index + 1]] = chunk_of(lazy, index)
 
+        ranges = list(pairwise(starts.tolist()))
         try:
+            if elsewhere is not None:
+                for done in elsewhere(new / "X", ranges):
+                    advance(done, "")
+                return
             # One task decodes a chunk and writes it: were these two, Dask could decode ahead of the writing.
             run_tasks(
-                put, range(len(rho.chunks[0])), rho.chunks[0], label="decoding", workers=default_workers(),
+                put, range(len(ranges)), rho.chunks[0], label="decoding", workers=default_workers(),
                 progress=lambda label, done, total: advance(done, ""),
             )  # fmt: skip
         except OSError as error:
@@ -147,4 +161,4 @@ def write_expression(
             raise
 
 
-__all__ = ["write_expression", "write_latent"]
+__all__ = ["reader", "write_expression", "write_latent"]

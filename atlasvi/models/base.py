@@ -30,6 +30,8 @@ from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
+from atlasvi.infer.on_cluster import decode_on, encode_on, located
+from atlasvi.infer.predictive import check_table, predictive_sums
 from atlasvi.infer.quality import beside_like_depth, cell_quality
 from atlasvi.infer.sample import (
     NeighbouringCells,
@@ -40,8 +42,10 @@ from atlasvi.infer.sample import (
     likelihood_parameters,
     nearest,
     numbered,
+    rows_at_once,
     sampled_matrices,
 )
+from atlasvi.infer.write import reader, write_expression
 from atlasvi.models.arguments import (
     as_names,
     at_least_one,
@@ -63,9 +67,10 @@ from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, w
 from atlasvi.models.frozen import Freeze, frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
+from atlasvi.store import cluster
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.fields import UNS_KEY, Codes, as_level, register, resolve, uns_entry
+from atlasvi.store.fields import UNS_KEY, Codes, as_level, level_codes, register, resolve, uns_entry
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs, pack
 from atlasvi.train.checkpoint import batch_size_of
@@ -84,6 +89,7 @@ from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Star
 
 if TYPE_CHECKING:
     import dask.array as da
+    import distributed
     import pandas as pd
 
 logger = logging.getLogger("atlasvi")
@@ -613,7 +619,12 @@ class CountModel(Generic[Config, Module]):
         return {"reconstruction_loss": float(loss.mean()) if return_mean else loss.cpu().numpy()}
 
     def encode(
-        self, data: Data | None = None, *, cells: Any = None, batch_size: int | None = None
+        self,
+        data: Data | None = None,
+        *,
+        cells: Any = None,
+        batch_size: int | None = None,
+        client: distributed.Client | None = None,
     ) -> Encoded:
         """Latents of cells with all that decoding needs besides; given in place of data, no counts are read.
 
@@ -624,6 +635,11 @@ class CountModel(Generic[Config, Module]):
             data: other data; that of the model when ``None``. It need not have been set up.
             cells: positions (from the end if negative), a slice or a boolean mask.
             batch_size: cells at a time; does not change the result.
+            client: of a Dask cluster whose workers read and encode; see `Atlas.stream`. The model travels to
+                each of them once.
+
+        Raises:
+            OptionError: a client with which this cannot be.
 
         Example:
             >>> cells = model.encode()
@@ -636,6 +652,8 @@ class CountModel(Generic[Config, Module]):
         if cells is not None:
             atlas = atlas[cell_positions(cells, atlas.n_obs)]
             codes = resolve(self.fields, atlas)
+        if client is not None:
+            return encode_on(client, self.module, atlas, codes)
         epochs = Epochs(atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False)
         return encode_cells(self.module, epochs(), codes, atlas.row_numbers, atlas.read_names)
 
@@ -696,6 +714,67 @@ class CountModel(Generic[Config, Module]):
         )
         source, _ = self._source(data, cells)
         return lazy_expression(self.module, source, self.fields.n_vars, request, memory_budget=memory_budget)
+
+    def write_expression(
+        self,
+        out: str | Path,
+        data: Data | Encoded | None = None,
+        *,
+        cells: Any = None,
+        genes: Sequence[str] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        seed: int = 0,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+        overwrite: bool = False,
+        silent: bool = True,
+        client: distributed.Client | None = None,
+    ) -> None:
+        """Write `expression` chunk by chunk, as X of an AnnData Zarr store.
+
+        Args:
+            out: the store.
+            data: with the arguments that follow as `expression` has them.
+            cells: positions, a slice or a boolean mask.
+            genes: names of genes, in the order wanted; all when ``None``.
+            transform_batch: decode as if every cell came from this batch; several are averaged.
+            library_size: rho is multiplied by it.
+            n_samples: draws of z, averaged over.
+            seed: of the draws.
+            precision: of the product with the decoder's last layer.
+            memory_budget: of the chunks in work.
+            overwrite: replace a store that is there.
+            silent: show no progress bar.
+            client: of a Dask cluster whose workers decode, and write: they must see ``out`` under its path.
+                The model travels to each of them once.
+
+        Raises:
+            StoreError: there is something already.
+            SpaceError: the disk is full; nothing is left behind.
+
+        Example:
+            >>> model.write_expression("rho.zarr", genes=["G0001"], overwrite=True)
+            >>> atlasvi.open("rho.zarr").n_vars
+            1
+        """
+        request = self._request(
+            genes, transform_batch, library_size, n_samples, seed=seed, precision=precision
+        )
+        n_vars = self.fields.n_vars
+        source, names = self._source(data, cells)
+        rho = lazy_expression(self.module, source, n_vars, request, memory_budget=memory_budget)
+        whole = data if isinstance(data, Encoded) else self._data(data)[0]
+        read_names = whole.read_names if cells is None else reader(names())
+        elsewhere = None
+        if client is not None:
+            elsewhere = partial(decode_on, client, self.module, request, n_vars, self._sent(data, cells))
+        with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
+            write_expression(
+                rho, read_names, list(self.fields.var_names) if genes is None else as_names(genes), Path(out),
+                overwrite=overwrite, advance=advance, elsewhere=elsewhere,
+            )  # fmt: skip
 
     def get_normalized_expression(
         self,
@@ -1149,6 +1228,56 @@ class CountModel(Generic[Config, Module]):
             index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
         )
 
+    def posterior_predictive_check(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        groupby: str | None = None,
+        gene_list: Sequence[str] | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Whether counts drawn from the model look like the counts: mean, variance and zeros of each gene.
+
+        Of every cell z is drawn from q(z|x), and counts from p(x|z, l), which makes one replicate of the
+        data; statistics of ``n_samples`` replicates stand beside those of the counts (Gelman et al. 1996).
+        Sums are added up as the cells are read: memory does not grow with their number.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            groupby: column of obs, such as the batch: the same for the cells of each level.
+            gene_list: names of genes; all when ``None``.
+            n_samples: replicates.
+            seed: of the draws. A count depends on (seed, replicate, cell, gene) alone.
+
+        Returns:
+            Three rows a gene (and group): ``statistic``, ``"mean"``, ``"variance"`` or ``"zero_share"``;
+            ``observed``; ``replicated``, the mean over replicates, ``low`` and ``high``, their extremes;
+            ``p``, the share of replicates above the observed value, half of those equal to it.
+
+        Raises:
+            OptionError: ``n_samples`` below 1.
+            ModelError: the model has no distribution of counts.
+
+        Example:
+            >>> found = model.posterior_predictive_check(n_samples=3)
+            >>> found[found["statistic"] == "mean"].shape == (atlas.n_vars, 6)
+            True
+        """
+        request = self._request(gene_list, None, "latent", n_samples, seed=seed)
+        atlas, _ = self._data(adata)
+        codes, levels = level_codes(atlas, groupby)
+        groups = codes if indices is None else codes[cell_positions(indices, atlas.n_obs)]
+        names = self.fields.var_names if gene_list is None else as_names(gene_list)
+        sums = predictive_sums(
+            self.module, self._minibatches(adata, indices, rows_at_once(len(names))), self._device,
+            groups, len(levels), self.fields.n_vars, request,
+        )  # fmt: skip
+        sizes = np.bincount(groups, minlength=len(levels))
+        return check_table(sums, sizes, names, None if groupby is None else levels)
+
     # --- differential expression ----------------------------------------------------------------
 
     def differential_expression(
@@ -1181,7 +1310,9 @@ class CountModel(Generic[Config, Module]):
         threshold_counts: float = 0.01,
         test_mode: str = "three",
         cred_interval_lvls: Sequence[float] = (),
+        precision: str = "float32",
         seed: int = 0,
+        client: distributed.Client | None = None,
         **unsupported: object,
     ) -> pd.DataFrame:
         """Which genes differ between groups of cells: a row a gene and comparison, from one pass over counts.
@@ -1225,7 +1356,9 @@ class CountModel(Generic[Config, Module]):
             threshold_counts: mean count below which a gene is not expressed, for that estimate.
             test_mode: ``"three"`` tells up from down, ``"two"`` takes them together.
             cred_interval_lvls: levels of credible intervals of the fold change to add.
+            precision: see `expression`.
             seed: of cells, draws and pairs. A draw depends on (seed, cell, draw) alone.
+            client: of a Dask cluster whose workers read, encode and add up; see `encode`.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
         Raises:
@@ -1251,12 +1384,12 @@ class CountModel(Generic[Config, Module]):
         question = Question(
             mode, estimator, delta, all_stats, batches1, batches2, fdr_target, filter_outlier_cells,
             n_samples_overall, n_cells, n_draws, p_bound, bf_threshold, pseudocounts, threshold_counts,
-            test_mode, tuple(cred_interval_lvls), seed,
+            test_mode, tuple(cred_interval_lvls), precision, seed,
         )  # fmt: skip
         groups = groups_of(atlas, groupby, group1, group2, first, second)
         with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:
             return differential_expression(
-                self.module, atlas, codes, self.fields.var_names, groups, question, advance
+                self.module, atlas, codes, self.fields.var_names, groups, question, advance, client
             )
 
     def calibration(
@@ -1503,6 +1636,16 @@ class CountModel(Generic[Config, Module]):
             return atlas.obs_names if positions is None else atlas.obs_names[positions]
 
         return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
+
+    def _sent(self, data: Data | Encoded | None, cells: Any) -> Callable[[int, int], Any]:
+        """``(start, stop) ->`` what a cluster's workers need to decode cells: latents, or where they are."""
+        if isinstance(data, Encoded):
+            stored, _ = self._source(data, cells)
+            return lambda start, stop: stored.read(start, stop, torch.device("cpu"))
+        atlas, codes = self._data(data)
+        cluster.check_places(atlas)
+        chosen = np.arange(atlas.n_obs) if cells is None else cell_positions(cells, atlas.n_obs)
+        return lambda start, stop: located(atlas, codes, chosen[start:stop])
 
     def _drawn(
         self, source: Source, request: Request, names: Callable[[], NDArray[Any]], out: str | Path | None

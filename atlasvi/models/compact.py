@@ -23,6 +23,7 @@ from atlasvi.infer.compact import (
     write_index,
 )
 from atlasvi.infer.encoded import Encoded, fingerprint
+from atlasvi.infer.on_cluster import fill_normalisers_on
 from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
@@ -30,6 +31,7 @@ from atlasvi.models.base import CountModel
 if TYPE_CHECKING:
     import anndata
     import dask.array as da
+    import distributed
     import pandas as pd
 
     from atlasvi.models.base import Data
@@ -149,6 +151,7 @@ def publish(
     transform_batch: Sequence[str] = (),
     n_samples: int = 1,
     overwrite: bool = False,
+    client: distributed.Client | None = None,
 ) -> None:
     """Write latents, library sizes, normalisers, obs and the model to a folder that needs no counts.
 
@@ -164,6 +167,7 @@ def publish(
         transform_batch: batches whose normalisers are kept too, besides each cell's own.
         n_samples: posterior samples (of seed 0) whose normalisers are kept.
         overwrite: replace a published atlas that is there.
+        client: of a Dask cluster whose workers encode and normalise; see `CountModel.encode`.
 
     Raises:
         StoreError: there is something already.
@@ -186,10 +190,13 @@ def publish(
     for key in columns:
         if key not in atlas.obs_keys:
             raise ObsError(f"obs of {atlas.name} has no column {key!r}; it has {', '.join(atlas.obs_keys)}")
-    cells = model.encode(data)
+    cells = model.encode(data, client=client)
     cells.loc, cells.scale = cells.loc.astype(dtype), cells.scale.astype(dtype)
     n_vars = model.fields.n_vars
-    fill_normalisers(model.module, cells, n_vars, (None, *codes), n_samples)
+    if client is None:
+        fill_normalisers(model.module, cells, n_vars, (None, *codes), n_samples)
+    else:
+        fill_normalisers_on(client, model.module, cells, (None, *codes), n_samples)
     with replacing_folder(out) as new:
         model.save(new / MODEL)
         write_cells(new, atlas, cells, model.fields.var_names, columns)

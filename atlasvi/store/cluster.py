@@ -259,6 +259,15 @@ def check_places(atlas: Atlas) -> None:
         Place.of(atlas._source)
 
 
+def send_to_all(client: distributed.Client, value: T) -> distributed.Future[T]:
+    """A value that is sent to each worker once, to be an argument of any number of calls of `in_order`.
+
+    Of workers that come later each takes it from another; where all that had it die, the calls fail.
+    """
+    sent: distributed.Future[T] = client.scatter(value, broadcast=True, hash=False)
+    return sent
+
+
 def in_order(
     client: distributed.Client, function: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, ahead: int
 ) -> Generator[T]:
@@ -318,5 +327,6 @@ __all__ = [
     "locate",
     "narrow",
     "read_block",
+    "send_to_all",
     "with_source",
 ]

@@ -2,7 +2,7 @@
 
 from atlasvi.stream.blocks import stream_blocks
 from atlasvi.stream.epochs import Epochs
-from atlasvi.stream.minibatch import gather, pack
+from atlasvi.stream.minibatch import gather, pack, pack_uncounted
 from atlasvi.stream.plan import (
     MEMORY_BUDGET,
     EpochPlan,
@@ -27,6 +27,7 @@ __all__ = [
     "default_workers",
     "gather",
     "pack",
+    "pack_uncounted",
     "plan_epoch",
     "read_units",
     "stream_blocks",

@@ -158,3 +158,10 @@ def pack(
         else torch.from_numpy(codes.size_factor[positions].astype(np.float32)),
     )  # fmt: skip
     return minibatch.pin_memory() if pin_memory else minibatch
+
+
+def pack_uncounted(positions: Positions, codes: Codes, rows: NDArray[np.int64]) -> Minibatch:
+    """What is known of some cells besides their counts, of which there are none; arguments as `pack`."""
+    nothing = np.zeros(0, np.int32)
+    counts = CSR.from_numpy(np.zeros(len(positions) + 1, np.int64), nothing, nothing, len(codes.gene_columns))
+    return pack(counts, positions, codes, rows)

@@ -114,6 +114,37 @@ def test_rows_are_decoded_and_counted_as_the_design_says(model):
     assert np.abs(inside.mean(0) - 0.8).max() < 0.01
 
 
+def test_a_model_whose_rho_is_no_softmax_is_asked_alike():
+    adata = make_adata(200, 30)
+    adata.obs["size"] = np.asarray(adata.X.sum(1)).ravel() / 100
+    sized = trained(adata, size_factor_key="size")
+    assert sized.module.softmax_head() is None
+    found = in_order(
+        sized, sized.differential_expression(None, "cell_type", "T", "B", n_samples_overall=300, **QUIET)
+    )
+    groups = groups_of(sized.atlas, "cell_type", ["T"], "B", None, None)
+    chosen = sampling.choose_cells(sized.atlas, groups.codes, 2, 300, 0)
+    design = sampling.pooled_design(groups, chosen, 300, (np.array([-1]), np.array([-1])), 0)
+    rho = all_log_rho(sized, design.draws.max() + 1)
+    a, b = (rho[design.draws[pool], design.cells[pool]] for pool in (0, 1))
+    np.testing.assert_allclose(found["proba_m1"], (a > b).mean(0), atol=2 / 300)
+    np.testing.assert_allclose(found["scale2"], np.exp(b).mean(0), rtol=1e-5)
+    with pytest.raises(OptionError, match="precision='bfloat16' is for models whose expression is a softmax"):
+        sized.differential_expression(None, "cell_type", "T", "B", precision="bfloat16", **QUIET)
+
+
+def test_rounded_products_change_next_to_nothing(model):
+    """Errors of rho below a percent: a few of the pairs change sides, of genes that are alike."""
+    ask = {"groupby": "cell_type", "group1": "T", "group2": "B", "n_samples_overall": 2000, **QUIET}
+    exact, rounded = (
+        in_order(model, model.differential_expression(**ask, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    gap = np.abs(exact["proba_m1"] - rounded["proba_m1"])
+    assert 0 < gap.max() < 0.02
+    np.testing.assert_allclose(exact["scale1"], rounded["scale1"], rtol=0.01)
+
+
 def test_the_papers_estimator_averages_bayes_factors_of_pairs_over_weighted_batches(model):
     found = in_order(
         model,
