@@ -239,6 +239,7 @@ def train(
     n_latent: Annotated[int | None, typer.Option(help="Dimensions of the latent.")] = None,
     n_hidden: Annotated[int | None, typer.Option(help="Width of hidden layers.")] = None,
     n_layers: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Of the latent of scvi: normal, mog or vamp.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
     max_epochs: Annotated[
         int | None, typer.Option(help="Passes over the cells; default by their number.")
@@ -282,7 +283,7 @@ def train(
     kind = by_name(model)
     given = {
         "gene_likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "n_hidden": n_hidden,
-        "n_layers": n_layers, "seed": seed,
+        "n_layers": n_layers, "prior": prior, "seed": seed,
     }  # fmt: skip
     if paper:
         given |= {"use_observed_lib_size": False, "encode_covariates": True}
@@ -614,11 +615,11 @@ def _refuse_what_was_given(ctx: typer.Context, name: str, options: tuple[str, ..
 
 def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """Arguments of a model: those given as options of their own, and as NAME=VALUE."""
-    from dataclasses import fields
-
     from atlasvi.errors import OptionError
 
-    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(kind.config_type)}
+    written = kind.__init__.__annotations__.items()
+    types = {name: kind_of.removesuffix(" | None") for name, kind_of in written}
+    types = {name: kind_of for name, kind_of in types.items() if kind_of in ("str", "int", "float", "bool")}
     options = {name: value for name, value in given.items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")

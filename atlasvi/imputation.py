@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from atlasvi_kernels import binomial_quantile, counter_pairs
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, CountsError, OptionError
+from atlasvi_kernels import binomial_quantile, counter_pairs
 
 if TYPE_CHECKING:
     import scipy.sparse as sp

@@ -18,8 +18,9 @@ import scipy.stats
 from atlasvi.errors import CellsError, ObsError, OptionError
 
 if TYPE_CHECKING:
-    from atlasvi_kernels import CSR
     from numpy.typing import NDArray
+
+    from atlasvi_kernels import CSR
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba
 import numpy as np
 import pandas as pd
-from atlasvi_kernels import CSR
 
 from atlasvi.errors import OptionError
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import anndata

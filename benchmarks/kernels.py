@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import atlasvi_kernels
 import numpy as np
 import psutil
 import scipy.sparse
@@ -36,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import expit, logsumexp, ndtri, softmax
 
+import atlasvi_kernels
 from benchmarks.common import (
     COUNTS,
     Arrays,

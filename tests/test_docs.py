@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import anndata
-import atlasvi_kernels
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 import atlasvi
+import atlasvi_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,10 +4,10 @@ import importlib.metadata
 import tomllib
 from pathlib import Path
 
-import atlasvi_kernels
 import pytest
 
 import atlasvi
+import atlasvi_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import scipy.stats
-from atlasvi_kernels import CSR
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 
@@ -21,6 +20,7 @@ from atlasvi.metrics import (
     silhouette,
     subsample,
 )
+from atlasvi_kernels import CSR
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
+
 from atlasvi_kernels.math_cpu import log32, vector_code
 from atlasvi_kernels.parallel import in_parallel, n_threads
-from numpy.typing import NDArray
 
 # Genes at a time: what is added to stays in the nearest cache.
 _TILE = 512

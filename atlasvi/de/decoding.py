@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR, counter_normal
-from atlasvi_kernels.products import fast_products
 from numpy.typing import NDArray
 
 from atlasvi.de.sampling import OWN, Design, Segment
 from atlasvi.stream import pack
 from atlasvi.types import Decodes, Minibatch
+from atlasvi_kernels import CSR, counter_normal
+from atlasvi_kernels.products import fast_products
 
 if TYPE_CHECKING:
     from atlasvi.de.cells import Encoded

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from atlasvi_kernels import counter_uniform
 from numpy.typing import NDArray
+
+from atlasvi_kernels import counter_uniform
 
 if TYPE_CHECKING:
     from atlasvi.de.groups import Groups

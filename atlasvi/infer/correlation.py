@@ -8,7 +8,6 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from atlasvi_kernels import counter_gamma
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
@@ -16,6 +15,7 @@ from atlasvi.infer.decode import Request
 from atlasvi.infer.encoded import Source
 from atlasvi.infer.normalized import refuse_large
 from atlasvi.infer.sample import generates, parameters, rows_at_once
+from atlasvi_kernels import counter_gamma
 
 # Classes of a gene's values, whose middle ranks stand for ranks: of fewer values each has its own.
 CLASSES = 1024

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from atlasvi_kernels import SoftmaxLinear
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
@@ -16,6 +15,7 @@ from atlasvi.infer.encoded import EncodedBlock, Source
 from atlasvi.memory import as_bytes
 from atlasvi.stream import default_workers
 from atlasvi.types import DecodesLinearly, Minibatch
+from atlasvi_kernels import SoftmaxLinear
 
 if TYPE_CHECKING:
     import dask.array as da

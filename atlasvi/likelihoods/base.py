@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from atlasvi_kernels import CSR, count_log_likelihood, linear_count_log_likelihood
 from torch import nn
+
+from atlasvi_kernels import CSR, count_log_likelihood, linear_count_log_likelihood
 
 Sampler = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Generator], torch.Tensor]
 

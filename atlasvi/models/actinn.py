@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from atlasvi_kernels import CSR, csr_linear
 from numpy.typing import NDArray
 from torch import nn
 
@@ -40,6 +39,7 @@ from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import Codes, level_codes, resolve
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, StepWeights
+from atlasvi_kernels import CSR, csr_linear
 
 if TYPE_CHECKING:
     from atlasvi.models.base import Data, LibraryMoments

@@ -804,7 +804,7 @@ class CountModel(Generic[Config, Module]):
         seed: int = 0,
         out: str | Path | None = None,
     ) -> Atlas:
-        """Cells that nobody saw: z ~ N(0, I), then counts from p(x | z, l).
+        """Cells that nobody saw: z from its prior, then counts from p(x | z, l).
 
         Each takes batch, covariates and library size of a cell of the data chosen at random; a library size
         that is latent is drawn from the prior of the batch.

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR
 from torch import nn
 
 from atlasvi.errors import OptionError
@@ -36,6 +35,7 @@ from atlasvi.models.base import CountModel, LibraryMoments, one_of
 from atlasvi.nn.decoder import Decoder
 from atlasvi.nn.layers import MLP, Covariates, StandardisedLinear
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     from atlasvi.models.base import Data

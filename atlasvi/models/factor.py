@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 from torch import nn
 
@@ -47,6 +46,7 @@ from atlasvi.progress import bar
 from atlasvi.stream import Epochs
 from atlasvi.train.history import EpochRecord
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import pandas as pd

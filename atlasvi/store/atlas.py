@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, NotAnAtlasError, ObsError, OptionError
@@ -24,6 +23,7 @@ from atlasvi.store.obsm import write_obsm
 from atlasvi.store.remote import is_url
 from atlasvi.store.sources import GroupSource, open_source
 from atlasvi.types import FieldMap
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import anndata

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
+
+from atlasvi_kernels import CSR
 
 STRING = np.dtypes.StringDType()
 

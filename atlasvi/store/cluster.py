@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError, StoreError
@@ -28,6 +27,7 @@ from atlasvi.store.base import Source
 from atlasvi.store.joined import JoinedSource
 from atlasvi.store.remote import is_url
 from atlasvi.store.sources import GroupSource, TenxSource, open_source
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import distributed

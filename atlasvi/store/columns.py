@@ -12,12 +12,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CorruptError
 from atlasvi.store.rows import SparseRows, member, plain, reading
 from atlasvi.store.spill import Spill, disk_array
+from atlasvi_kernels import CSR
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CountsError, OptionError
 from atlasvi.store.base import Source
+from atlasvi_kernels import CSR
 
 MAX_COUNT = (1 << 32) - 1
 _SAMPLE_ROWS = 256

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import ObsError
@@ -18,6 +17,7 @@ from atlasvi.store.cells import Cells
 from atlasvi.store.genes import Join, join_genes
 from atlasvi.store.merge import merge
 from atlasvi.store.space import naming_a_full_disk
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     from atlasvi.store.atlas import Atlas

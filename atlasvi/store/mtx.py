@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CorruptError, OptionError, StoreError
@@ -23,6 +22,7 @@ from atlasvi.store import frame
 from atlasvi.store.base import STRING, Extras, Source
 from atlasvi.store.rows import SparseRows
 from atlasvi.store.spill import FileArray, Spill, append
+from atlasvi_kernels import CSR
 
 LINES = 1 << 19
 _BROKEN = (ValueError, EOFError, OSError, zlib.error, pd.errors.ParserError)

@@ -12,7 +12,6 @@ import h5py
 import numpy as np
 import scipy.sparse as sp
 import zarr
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
@@ -21,6 +20,7 @@ from atlasvi.store.hdf5 import ChunkedVector
 from atlasvi.store.offsets import Offsets
 from atlasvi.store.remote import RemoteStore, RemoteVector, side_by_side
 from atlasvi.store.shards import DamagedShard, ShardedVector
+from atlasvi_kernels import CSR
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _COUNTS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))

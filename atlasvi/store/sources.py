@@ -15,7 +15,6 @@ import h5py
 import numpy as np
 import zarr
 from anndata.io import read_elem
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import AtlasviError, CorruptError, NotAnAtlasError, OptionError, StoreError
@@ -24,6 +23,7 @@ from atlasvi.store.base import Extras, Source
 from atlasvi.store.columns import ColumnRows
 from atlasvi.store.remote import is_url, open_group
 from atlasvi.store.rows import BackedRows, MemoryRows, Rows, SparseRows, group_rows, member, reading
+from atlasvi_kernels import CSR
 
 FORMAT = 1
 RAW = "raw"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numba
 import numpy as np
 import pandas as pd
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store import cluster
 from atlasvi.store.fields import level_codes
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import distributed

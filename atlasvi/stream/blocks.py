@@ -7,12 +7,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError
 from atlasvi.stream.plan import Unit, as_budget, ordered_rows, plan_epoch
 from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import distributed

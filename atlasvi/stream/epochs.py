@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
@@ -27,6 +26,7 @@ from atlasvi.stream.plan import (
 )
 from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on
 from atlasvi.types import Minibatch
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import distributed

@@ -10,12 +10,12 @@ from typing import TypeAlias
 import numba
 import numpy as np
 import torch
-from atlasvi_kernels import CSR, RowPool
 from numpy.typing import NDArray
 
 from atlasvi.store.fields import Codes
 from atlasvi.stream.plan import EpochPlan, Unit
 from atlasvi.types import Minibatch
+from atlasvi_kernels import CSR, RowPool
 
 Positions: TypeAlias = NDArray[np.int64]
 

@@ -12,13 +12,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from atlasvi_kernels import CSR
 from dask.threaded import get
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
 from atlasvi.store import cluster
 from atlasvi.stream.plan import Unit
+from atlasvi_kernels import CSR
 
 if TYPE_CHECKING:
     import distributed

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+
 from atlasvi_kernels import CSR, count_log_likelihood, count_log_likelihood_entries
 from atlasvi_kernels.count_ll.op import LIKELIHOODS, MEANS
 

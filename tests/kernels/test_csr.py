@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from atlasvi_kernels import CSR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from atlasvi_kernels import CSR
 
 
 def of_width(width):

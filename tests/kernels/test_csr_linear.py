@@ -3,11 +3,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from atlasvi_kernels import CSR, csr_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlasvi.memory import Watch
+from atlasvi_kernels import CSR, csr_linear
 from tests.strategies import COUNT_TYPES, count_matrices
 
 INDEX_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")

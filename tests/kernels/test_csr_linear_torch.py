@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from atlasvi_kernels import CSR, csr_linear
 
 G, H = 33, 20

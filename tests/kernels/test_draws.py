@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+
 from atlasvi_kernels import binomial_quantile, counter_counts, counter_gamma, counter_pairs
 from atlasvi_kernels.draws import _quantile
 

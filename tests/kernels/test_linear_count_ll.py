@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from atlasvi_kernels import CSR, linear_count_log_likelihood
 from atlasvi_kernels.count_ll.op import LIKELIHOODS, MEANS
 from atlasvi_kernels.linear_count_ll import blocks

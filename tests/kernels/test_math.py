@@ -2,6 +2,7 @@ import mpmath
 import numba
 import numpy as np
 import pytest
+
 from atlasvi_kernels import math_cpu
 
 mpmath.mp.dps = 30

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+
 from atlasvi_kernels import counter_normal, counter_uniform
 from atlasvi_kernels.noise import _philox
 

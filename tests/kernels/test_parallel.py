@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+
 from atlasvi_kernels import parallel
 
 

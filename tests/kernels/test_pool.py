@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from atlasvi_kernels import CSR, RowPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atlasvi_kernels import CSR, RowPool
 
 
 @settings(deadline=None)

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from atlasvi_kernels import SoftmaxLinear
 from scipy.special import logsumexp, softmax
+
+from atlasvi_kernels import SoftmaxLinear
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 130, 16), (300, 5000, 128), (0, 4, 2)]
 U = 2.0**-9

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from atlasvi_kernels import CSR, count_log_likelihood
 
 NAMES = ("logits", "library", "theta", "pi_logits")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from atlasvi_kernels import CSR, count_log_likelihood, csr_linear, math_gpu
 from atlasvi_kernels.count_ll import gpu, reference
 from atlasvi_kernels.csr_linear import gpu as linear_gpu

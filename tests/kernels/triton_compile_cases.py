@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
 from atlasvi_kernels import CSR
 from atlasvi_kernels.count_ll import gpu
 from atlasvi_kernels.csr_linear import gpu as linear_gpu
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 B, G, H = 300, 64, 128  # every fact that Triton compiles for is as with thousands of genes
 

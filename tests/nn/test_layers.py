@@ -5,12 +5,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from atlasvi_kernels import CSR
 
 from atlasvi.nn.decoder import Decoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, InputLinear
 from atlasvi.types import Noise
+from atlasvi_kernels import CSR
 
 B, G, H = 7, 11, 5
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from atlasvi_kernels import CSR
 
 from atlasvi.models.base import LibraryMoments
 from atlasvi.models.scvi import SCVIConfig, SCVIModule
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, Minibatch, StepWeights
+from atlasvi_kernels import CSR
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INDEX = json.loads((FIXTURES / "scvi_tools.json").read_text())

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from atlasvi_kernels import CSR
 
 from atlasvi.models.base import LibraryMoments
 from atlasvi.models.convert import weights_from
 from atlasvi.models.ldvae import LinearSCVIConfig, LinearSCVIModule
 from atlasvi.models.scanvi import SCANVIConfig, SCANVIModule
 from atlasvi.types import FieldMap, Minibatch, StepWeights
+from atlasvi_kernels import CSR
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INDEX = json.loads((FIXTURES / "scvi_tools_family.json").read_text())

@@ -19,7 +19,6 @@ import pytest
 import scipy.sparse as sp
 import torch
 import zarr
-from atlasvi_kernels import CSR
 
 from atlasvi.errors import (
     CellsError,
@@ -37,6 +36,7 @@ from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.base import STRING, Source
 from atlasvi.store.fields import register, resolve
 from atlasvi.store.ingest import ingest
+from atlasvi_kernels import CSR
 
 
 def write_zarr(adata, path, zarr_format=3):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from atlasvi_kernels import CSR
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from atlasvi.store import variable
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.base import STRING, Source
 from atlasvi.store.fields import register, resolve
+from atlasvi_kernels import CSR
 from tests.strategies import count_matrices
 
 FIXTURE = Path(__file__).parents[1] / "oracle" / "fixtures" / "scanpy.npz"

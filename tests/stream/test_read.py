@@ -13,12 +13,12 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from atlasvi_kernels import CSR
 
 from atlasvi.errors import OptionError
 from atlasvi.store import atlas as atlas_module
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import default_workers, read_units
+from atlasvi_kernels import CSR
 
 WORKERS = (0, 1, 2, 4)
 
