@@ -25,6 +25,7 @@ FAMILY = {
     ),
     "scvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "mean": "exp"}),
     "gmvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "n_components": 3, "bound": "sampled"}),
+    "gaussianvae": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
     "actinn": ({"labels_key": "cell_type", "gene_mask": None}, {"transform": "lecture"}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
