@@ -349,6 +349,39 @@ def latent(
 
 
 @app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder, of scanvi or actinn.")],
+    atlases: Atlases,
+    out: Out,
+    threshold: Annotated[
+        float, typer.Option(help="Cells whose most probable label is less probable are called unknown.")
+    ] = 0.0,
+    unknown: Annotated[str, typer.Option(help="What these are called.")] = "unknown",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a label for each cell, and the probability of each label, as .csv, .tsv or either with .gz.
+
+    Example: atlasvi predict model atlas.zarr -o labels.csv
+    """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.write import write_labels
+    from atlasvi.models import load
+    from atlasvi.progress import bar
+
+    separator = _separator_of(out, overwrite)
+    trained = load(model, _open(atlases))
+    if not hasattr(trained, "labels"):
+        raise OptionError(f"{type(trained).__name__} has no labels to predict; SCANVI and ACTINN have")
+    with bar("predict", trained.atlas.n_obs, "cells") as advance:
+        found = write_labels(
+            lambda cells: trained.predict(indices=cells, soft=True), trained.atlas.n_obs, out, separator,
+            threshold=threshold, unknown=unknown, advance=advance,
+        )  # fmt: skip
+    most = ", ".join(f"{label} {n:,}" for label, n in found.most_common(8))
+    typer.echo(f"{trained.atlas.n_obs:,} cells -> {out}: {most}{', ...' if len(found) > 8 else ''}")
+
+
+@app.command()
 def decode(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
     atlas: Annotated[str, typer.Argument(help="An atlas, or its URL.")],
@@ -522,24 +555,19 @@ def de(
 
     Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
     """
-    from atlasvi.errors import OptionError, StoreError
     from atlasvi.models import load
 
-    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
-        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
-    for path in (out, volcano, heat_map):
-        if path is not None and path.exists() and not overwrite:
-            raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
+    separator = _separator_of(out, overwrite)
+    for path in (volcano, heat_map):
+        if path is not None:
+            _check_place(path, overwrite)
     trained = load(model, _open(atlases))
     found = trained.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
         batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
         n_samples_overall=n_samples, seed=seed,
     )  # fmt: skip
-    found.to_csv(out, sep="\t" if suffixes[-1] == ".tsv" else ",", index_label="gene")
+    found.to_csv(out, sep=separator, index_label="gene")
     _draw(found, volcano, heat_map)
     called = found[next(column for column in found if column.startswith("is_de_"))]
     typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")
@@ -649,6 +677,26 @@ def _as_type(kind: str, name: str, text: str) -> Any:
                 f"{name}={text!r} must be a{' whole' if kind == 'int' else ''} number"
             ) from None
     return text
+
+
+def _separator_of(out: Path, overwrite: bool) -> str:
+    """What stands between the columns of a table, by its name, where it can be written."""
+    from atlasvi.errors import OptionError
+
+    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
+    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
+    _check_place(out, overwrite)
+    return "\t" if suffixes[-1] == ".tsv" else ","
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    from atlasvi.errors import StoreError
+
+    if path.exists() and not overwrite:
+        raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
+    if not path.absolute().parent.is_dir():
+        raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
 
 
 def _open(places: list[str], layer: str | None = None) -> Atlas:
