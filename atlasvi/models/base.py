@@ -264,7 +264,7 @@ class CountModel(Generic[Config, Module]):
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
             schedule: ``"adaptive"``, which looks at the cells kept for validation every few steps, stops when
                 they no longer gain and keeps the best weights, or ``"scvi-tools"``; ``None``: that of
-                ``model.plan``, adaptive unless `SCVI.paper` made it.
+                ``model.plan``, adaptive unless the model has its own, as `SCVI.paper` and `SCANVI`.
             precision: ``"float32"``, or ``"bf16"``: the factors of the large matrix products are rounded to
                 bfloat16, while weights, sums and likelihood stay float32.
             early_stopping_monitor: a column of ``history``.

@@ -42,7 +42,7 @@ from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, level_codes, resolve, uns_entry
 from atlasvi.stream import Epochs
-from atlasvi.train.schedule import default_epochs
+from atlasvi.train.schedule import PLANS, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
@@ -243,7 +243,8 @@ class WithLabelled:
 class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
 
-    The defaults are scvi-tools'. The model is at the head of this file; Xu et al. 2021.
+    The defaults are scvi-tools', the schedule of training among them. The model is at the head of this file;
+    Xu et al. 2021.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -318,6 +319,9 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             balance_labels=balance_labels,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
+        # Adaptive training keeps the weights of the best ELBO, which says nothing of the labels: after a
+        # pretrained SCVI that is soon, with a classifier that has hardly learnt.
+        self.plan = PLANS["scvi-tools"]
 
     @classmethod
     def setup_anndata(  # type: ignore[override]

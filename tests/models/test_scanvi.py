@@ -106,6 +106,18 @@ def test_it_starts_where_a_scvi_ended(cells):
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
 
 
+def test_training_goes_on_while_the_elbo_no_longer_gains(cells):
+    """The classifier learns after a SCVI that has learnt all it can: no look at the ELBO ends or undoes it."""
+    SCVI.setup_anndata(cells, batch_key="batch", gene_mask=None)
+    scvi = train(SCVI(cells, n_hidden=16, n_latent=4), 30)
+    model = train(SCANVI.from_scvi_model(scvi, "Unknown", "label"), 25)
+    assert len(model.records) == 25
+    has = (cells.obs["label"] != "Unknown").to_numpy()
+    soft = model.predict(soft=True).to_numpy()[has].max(1)
+    assert (model.predict()[has] == cells.obs["truth"].to_numpy()[has]).all()
+    assert soft.mean() > 0.9
+
+
 def test_labelled_cells_come_with_every_minibatch_in_whatever_epoch(cells):
     model = build(cells)
     epochs = model._training_epochs(

@@ -1,4 +1,4 @@
-"""The Gaussian VAE: its likelihood is scipy's with the Jacobian, a density of counts; it fits what is linear."""
+"""The Gaussian VAE: its likelihood is that of scipy with the Jacobian, a density of counts; it fits a line."""
 
 import numpy as np
 import pytest
