@@ -1,4 +1,4 @@
-"""The Gaussian VAE: its likelihood is that of scipy with the Jacobian, a density of counts; it fits a line."""
+"""The Gaussian VAE: its likelihood is that of scipy with the Jacobian, a density of counts, and fits."""
 
 import numpy as np
 import pytest
