@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from atlasvi.models.scanvi import SCANVI
     from atlasvi.models.scvae import SCVAE
     from atlasvi.models.scvi import SCVI
+    from atlasvi.models.vae import GaussianVAE
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
     from atlasvi.store.ingest import ingest
@@ -45,6 +46,7 @@ __all__ = [
     "Atlas",
     "AtlasviError",
     "FactorAnalysis",
+    "GaussianVAE",
     "LinearSCVI",
     "Simulation",
     "ingest",
@@ -63,6 +65,7 @@ _WHERE = {
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",
     "FactorAnalysis": "atlasvi.models.factor",
+    "GaussianVAE": "atlasvi.models.vae",
     "Atlas": "atlasvi.store.atlas",
     "LinearSCVI": "atlasvi.models.ldvae",
     "AtlasviError": "atlasvi.errors",

@@ -239,6 +239,7 @@ def train(
     n_latent: Annotated[int | None, typer.Option(help="Dimensions of the latent.")] = None,
     n_hidden: Annotated[int | None, typer.Option(help="Width of hidden layers.")] = None,
     n_layers: Annotated[int | None, typer.Option(help="Hidden layers.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Of the latent of scvi: normal, mog or vamp.")] = None,
     paper: Annotated[bool, typer.Option("--paper", help="The setting of Lopez et al. 2018.")] = False,
     max_epochs: Annotated[
         int | None, typer.Option(help="Passes over the cells; default by their number.")
@@ -282,7 +283,7 @@ def train(
     kind = by_name(model)
     given = {
         "gene_likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "n_hidden": n_hidden,
-        "n_layers": n_layers, "seed": seed,
+        "n_layers": n_layers, "prior": prior, "seed": seed,
     }  # fmt: skip
     if paper:
         given |= {"use_observed_lib_size": False, "encode_covariates": True}
@@ -346,6 +347,39 @@ def latent(
         write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
     where = out or ", ".join(atlases)
     typer.echo(f"obsm[{key!r}]: {trained.atlas.n_obs:,} cells x {trained.config.n_latent} -> {where}")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder, of scanvi or actinn.")],
+    atlases: Atlases,
+    out: Out,
+    threshold: Annotated[
+        float, typer.Option(help="Cells whose most probable label is less probable are called unknown.")
+    ] = 0.0,
+    unknown: Annotated[str, typer.Option(help="What these are called.")] = "unknown",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a label for each cell, and the probability of each label, as .csv, .tsv or either with .gz.
+
+    Example: atlasvi predict model atlas.zarr -o labels.csv
+    """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.write import write_labels
+    from atlasvi.models import load
+    from atlasvi.progress import bar
+
+    separator = _separator_of(out, overwrite)
+    trained = load(model, _open(atlases))
+    if not hasattr(trained, "labels"):
+        raise OptionError(f"{type(trained).__name__} has no labels to predict; SCANVI and ACTINN have")
+    with bar("predict", trained.atlas.n_obs, "cells") as advance:
+        found = write_labels(
+            lambda cells: trained.predict(indices=cells, soft=True), trained.atlas.n_obs, out, separator,
+            threshold=threshold, unknown=unknown, advance=advance,
+        )  # fmt: skip
+    most = ", ".join(f"{label} {n:,}" for label, n in found.most_common(8))
+    typer.echo(f"{trained.atlas.n_obs:,} cells -> {out}: {most}{', ...' if len(found) > 8 else ''}")
 
 
 @app.command()
@@ -519,24 +553,19 @@ def de(
 
     Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
     """
-    from atlasvi.errors import OptionError, StoreError
     from atlasvi.models import load
 
-    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
-        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
-    for path in (out, volcano, heat_map):
-        if path is not None and path.exists() and not overwrite:
-            raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
+    separator = _separator_of(out, overwrite)
+    for path in (volcano, heat_map):
+        if path is not None:
+            _check_place(path, overwrite)
     trained = load(model, _open(atlases))
     found = trained.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
         batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
         n_samples_overall=n_samples, seed=seed,
     )  # fmt: skip
-    found.to_csv(out, sep="\t" if suffixes[-1] == ".tsv" else ",", index_label="gene")
+    found.to_csv(out, sep=separator, index_label="gene")
     _draw(found, volcano, heat_map)
     called = found[next(column for column in found if column.startswith("is_de_"))]
     typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")
@@ -612,11 +641,11 @@ def _refuse_what_was_given(ctx: typer.Context, name: str, options: tuple[str, ..
 
 def _options_of(kind: Any, given: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """Arguments of a model: those given as options of their own, and as NAME=VALUE."""
-    from dataclasses import fields
-
     from atlasvi.errors import OptionError
 
-    types = {field.name: str(field.type).removesuffix(" | None") for field in fields(kind.config_type)}
+    written = kind.__init__.__annotations__.items()
+    types = {name: kind_of.removesuffix(" | None") for name, kind_of in written}
+    types = {name: kind_of for name, kind_of in types.items() if kind_of in ("str", "int", "float", "bool")}
     options = {name: value for name, value in given.items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -646,6 +675,26 @@ def _as_type(kind: str, name: str, text: str) -> Any:
                 f"{name}={text!r} must be a{' whole' if kind == 'int' else ''} number"
             ) from None
     return text
+
+
+def _separator_of(out: Path, overwrite: bool) -> str:
+    """What stands between the columns of a table, by its name, where it can be written."""
+    from atlasvi.errors import OptionError
+
+    suffixes = [suffix for suffix in out.suffixes if suffix != ".gz"]
+    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+        raise OptionError(f"--out {str(out)!r} names no table; end it in .csv, .tsv, .csv.gz or .tsv.gz")
+    _check_place(out, overwrite)
+    return "\t" if suffixes[-1] == ".tsv" else ","
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    from atlasvi.errors import StoreError
+
+    if path.exists() and not overwrite:
+        raise StoreError(f"there is a {str(path)!r} already; pass --overwrite, or name another place")
+    if not path.absolute().parent.is_dir():
+        raise StoreError(f"there is no folder for {str(path)!r}; make it, or name another place")
 
 
 def _open(places: list[str], layer: str | None = None) -> Atlas:

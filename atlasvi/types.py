@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -178,6 +179,42 @@ class Posterior:
         shift = ((self.loc - loc) / scale).square()
         return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
 
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """Log density at ``z`` in nats, summed over the last axis; the others are broadcast."""
+        deviation = (z - self.loc) / self.scale
+        constant = 0.5 * math.log(2 * math.pi) * z.shape[-1]
+        return -0.5 * deviation.square().sum(-1) - self.scale.log().sum(-1) - constant
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of K diagonal normals, ``p(z) = sum over k of w_k N(z; m_k, diag v_k)``: what priors are.
+
+    Args:
+        log_weights: ``(K,)`` float32, log w; the weights sum to one.
+        components: m and sqrt(v), each ``(K, n)``.
+    """
+
+    log_weights: torch.Tensor
+    components: Posterior
+
+    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
+        """``(B,)`` log density at ``z``, ``(B, n)``, in nats."""
+        each = self.components.log_prob(z.unsqueeze(-2))
+        return (self.log_weights + each).logsumexp(-1)
+
+    def kl_divergence(self, qz: Posterior, z: torch.Tensor) -> torch.Tensor:
+        """``(B,)`` KL(q || p) in nats: exact for one component, else ``log q(z) - log p(z)`` at a draw z."""
+        if len(self.log_weights) == 1:
+            return qz.kl_divergence(self.components.loc, self.components.scale)
+        return qz.log_prob(z) - self.log_prob(z)
+
+    def chosen(self, uniform: torch.Tensor) -> Posterior:
+        """A component for each of B cells, by ``(B, 1)`` draws from (0, 1): what z is to be drawn from."""
+        below = self.log_weights.exp().cumsum(0)[:-1]
+        k = torch.searchsorted(below, uniform.squeeze(1))
+        return Posterior(self.components.loc[k], self.components.scale[k])
+
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
@@ -321,6 +358,14 @@ class GeneratesCounts(Protocol):
         """``(B,)`` log p(x | z, l) in nats."""
         ...
 
+    def prior(self) -> Mixture:
+        """p(z)."""
+        ...
+
+    def from_prior(self, noise: Noise) -> Posterior:
+        """What z of each cell of ``noise.rows`` is to be drawn from, for z to come from its prior."""
+        ...
+
 
 @runtime_checkable
 class Classifies(Protocol):
@@ -344,6 +389,7 @@ __all__ = [
     "InfersLibrary",
     "LossTerms",
     "Minibatch",
+    "Mixture",
     "Noise",
     "Posterior",
     "Starts",

@@ -1,12 +1,13 @@
-"""An epoch of scVI, atlasvi beside scvi-tools: ``python -m benchmarks.training``.
+"""An epoch of a model, atlasvi beside scvi-tools: ``python -m benchmarks.training``.
 
     benchmarks/peers/scvi_tools_env.sh .peers/scvi-tools
     python -m benchmarks.training --folder data --peer-python .peers/scvi-tools/bin/python --markdown
 
 Simulated counts are written once as h5ad for scvi-tools, which has them in memory, and as a store for
-atlasvi, which streams them. Both train the same model (128 hidden, 10 latent, one layer) with Adam. Each side
-is a process of its own; they take turns of one epoch, the first of which does not count. Times are of the
-whole epoch: loading, the step, the optimiser. Medians are shown, in microseconds a cell.
+atlasvi, which streams them. Both train the same model (128 hidden, 10 latent, one layer; ``--model`` chooses
+it, and of SCANVI every other cell has one of ten labels) with Adam. Each side is a process of its own; they
+take turns of one epoch, the first of which does not count. Times are of the whole epoch: loading, the step,
+the optimiser. Medians are shown, in microseconds a cell.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.12])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--likelihood", nargs="+", default=["zinb"])
+    parser.add_argument("--model", nargs="+", choices=["SCVI", "SCANVI", "LinearSCVI"], default=["SCVI"])
     parser.add_argument("--turns", type=int, default=4, help="the first does not count")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--side", choices=["atlasvi", "scvi-tools"], help=argparse.SUPPRESS)
@@ -51,19 +55,21 @@ def main() -> None:
     for n_vars in options.genes:
         for density in options.density:
             store, h5ad = _inputs(options.folder, options.cells, n_vars, density)
-            for likelihood in options.likelihood:
-                for batch_size in options.batch_size:
-                    case = {"cells": options.cells, "batch_size": batch_size, "likelihood": likelihood}
-                    name = f"{likelihood} {options.cells:,} x {n_vars:,}, {density:.0%}, {batch_size}"
-                    rows.append([name, *_in_turn(options, case, str(store), str(h5ad))])
-                    print(*rows[-1], sep=" | ", flush=True)
+            for model, likelihood, size in product(options.model, options.likelihood, options.batch_size):
+                case = {"cells": options.cells, "batch_size": size, "likelihood": likelihood, "model": model}
+                name = f"{model} {likelihood} {options.cells:,} x {n_vars:,}, {density:.0%}, {size}"
+                rows.append([name, *_in_turn(options, case, str(store), str(h5ad))])
+                print(*rows[-1], sep=" | ", flush=True)
     print(table(HEADS, rows, markdown=options.markdown))
 
 
 def _inputs(folder: Path, n_obs: int, n_vars: int, density: float) -> tuple[Path, Path]:
-    """The same counts as a store and as h5ad: a gamma-Poisson of ten types, with the density asked for."""
+    """The same counts as a store and as h5ad: a gamma-Poisson of ten types, with the density asked for.
+
+    Their ``label`` is the type of every other cell, and ``"Unknown"``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"counts-{n_obs}-{n_vars}-{round(100 * density)}"
+    stem = folder / f"labelled-{n_obs}-{n_vars}-{round(100 * density)}"
     store, h5ad = stem.with_suffix(".zarr"), stem.with_suffix(".h5ad")
     if not (store.exists() and h5ad.exists()):
         import anndata
@@ -76,9 +82,11 @@ def _inputs(folder: Path, n_obs: int, n_vars: int, density: float) -> tuple[Path
         shares = rng.gamma(0.3, size=(10, n_vars))
         shares /= shares.sum(1, keepdims=True)
 
+        types = rng.integers(10, size=n_obs + 1_000)
+
         def blocks(depth: float) -> Any:
-            for _ in range(0, n_obs, 1_000):
-                means = shares[rng.integers(10, size=1_000)] * depth
+            for start in range(0, n_obs, 1_000):
+                means = shares[types[start : start + 1_000]] * depth
                 yield sp.csr_matrix(rng.poisson(means * rng.gamma(2.0, 0.5, means.shape)).astype(np.float32))
 
         low, high = 1.0, 1e6
@@ -87,6 +95,8 @@ def _inputs(folder: Path, n_obs: int, n_vars: int, density: float) -> tuple[Path
             sample = next(blocks(depth))
             low, high = (depth, high) if sample.nnz < density * 1_000 * n_vars else (low, depth)
         adata = anndata.AnnData(sp.vstack(list(blocks(depth)), format="csr")[:n_obs])
+        named = np.where(np.arange(n_obs) % 2, types[:n_obs].astype(str), "Unknown")
+        adata.obs["label"] = named
         adata.write_h5ad(h5ad)
         ingest(adata, store, overwrite=True)
     return store, h5ad
@@ -144,20 +154,27 @@ def _serve(side: str) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
 
 
+def _labels(setting: dict[str, Any]) -> dict[str, str]:
+    return {"labels_key": "label", "unlabeled_category": "Unknown"} if setting["model"] == "SCANVI" else {}
+
+
 def _ours(setting: dict[str, Any]) -> Any:
     """The trainer's own step, on minibatches streamed from the store."""
     import atlasvi  # isort: skip - before torch, as it sets how long torch's threads spin
+    import numpy as np
     import torch
 
     from atlasvi.stream import Epochs
     from atlasvi.train.fit import Run
 
     atlas = atlasvi.open(setting["data"])
-    atlasvi.SCVI.setup_anndata(atlas, gene_mask=None)
-    model = atlasvi.SCVI(atlas, gene_likelihood=setting["likelihood"])
+    kind = getattr(atlasvi, setting["model"])
+    kind.setup_anndata(atlas, gene_mask=None, **_labels(setting))
+    model = kind(atlas, gene_likelihood=setting["likelihood"])
     plan = model._plan(None, setting["precision"])
     run = Run(model.module, plan, 0, torch.device("cpu"), None)
-    minibatches = Epochs(atlas, model._codes, batch_size=setting["batch_size"])
+    epochs = partial(Epochs, atlas, model._codes, batch_size=setting["batch_size"])
+    minibatches = model._training_epochs(epochs, np.arange(atlas.n_obs))
     model.module.train()
 
     def epoch() -> float:
@@ -181,8 +198,9 @@ def _theirs(setting: dict[str, Any]) -> Any:
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     adata = anndata.read_h5ad(setting["data"])
-    scvi.model.SCVI.setup_anndata(adata)
-    model = scvi.model.SCVI(adata, gene_likelihood=setting["likelihood"])
+    kind = getattr(scvi.model, setting["model"])
+    kind.setup_anndata(adata, **_labels(setting))
+    model = kind(adata, gene_likelihood=setting["likelihood"])
 
     class Clock(pl.Callback):
         """Takes the time of an epoch alone."""

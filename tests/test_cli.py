@@ -21,7 +21,7 @@ from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
 
 COMMANDS = ["ingest", "info", "train", "latent", "decode", "impute", "publish", "serve", "de", "convert"]
-COMMANDS += ["demo"]
+COMMANDS += ["demo", "predict"]
 # One thread: small tensors gain nothing from more, and processes of tests share the machine.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 SMALL = ["--n-hidden", "16", "--n-latent", "3", "--batch-size", "64", "--gene-mask", "none"]
@@ -441,3 +441,58 @@ def test_ctrl_c_leaves_130_and_whole_files(made, tmp_path):
     load_file(out / "checkpoint" / "weights.safetensors")
     assert len(state["progress"]["records"]) <= len((out / "history.csv").read_text().splitlines()) - 1
     assert snapshot(folder / "atlas.zarr") == atlas
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, made):
+    """Models that have labels, by what they are called."""
+    import atlasvi as package
+
+    folder = tmp_path_factory.mktemp("labels")
+    options = {"labels_key": "cell_type", "gene_mask": None}
+    for kind, more in ((package.ACTINN, {}), (package.SCANVI, {"unlabeled_category": "NK"})):
+        atlas = package.open(made[0] / "atlas.zarr")
+        kind.setup_anndata(atlas, **options, **more)
+        model = kind(atlas)
+        model.train(2, enable_progress_bar=False)
+        model.save(folder / kind.__name__.lower())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["actinn", "scanvi"])
+def test_labels_as_a_table(name, labelled, made, tmp_path, monkeypatch):
+    import pandas as pd
+
+    from atlasvi.infer import write
+    from atlasvi.models import load
+
+    monkeypatch.setattr(write, "NAMES", 128)  # several pieces
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    out = tmp_path / "labels.csv.gz"
+    words = ["predict", labelled / name, made[0] / "atlas.zarr", "-o", out, "--threshold", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    table = pd.read_csv(out, index_col="cell")
+    model = load(labelled / name, made[0] / "atlas.zarr")
+    expected = model.predict(soft=True)
+    assert table.index.tolist() == expected.index.tolist()
+    assert table.columns.tolist() == ["label", *(f"p({label})" for label in model.labels)]
+    np.testing.assert_allclose(table.iloc[:, 1:], expected, rtol=1e-4)
+    sure = expected.max(axis=1) >= 0.5
+    assert (table["label"] == np.where(sure, model.predict(), "unknown")).all()
+    assert 0 < sure.sum()
+
+
+def test_labels_that_cannot_be_are_refused(labelled, made, error_of, tmp_path):
+    folder, _ = made
+    out = tmp_path / "labels.csv"
+    assert "SCVI has no labels" in error_of("predict", folder / "model", folder / "atlas.zarr", "-o", out)
+    assert "names no table" in error_of("predict", labelled / "actinn", folder / "atlas.zarr", "-o", tmp_path)
+    out.write_text("mine")
+    assert "there is a" in error_of("predict", labelled / "actinn", folder / "atlas.zarr", "-o", out)
+    assert out.read_text() == "mine"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from atlasvi.errors import OptionError
 from atlasvi.infer.decode import Request, in_batch
 from atlasvi.infer.encoded import Source
-from atlasvi.infer.marginal import log_normal, log_prior, marginal_log_likelihood
+from atlasvi.infer.marginal import marginal_log_likelihood
 from atlasvi.types import GeneratesCounts, Posterior
 
 _ROWS = 512
@@ -67,8 +67,10 @@ def importance_weights(
     log_px = torch.cat(
         [marginal_log_likelihood(module, block, n_mc_samples, request.seed + _OTHER_SEED) for block in blocks]
     )
-    loc = torch.cat([block.qz.loc for block in blocks])
-    scale = torch.cat([block.qz.scale for block in blocks])
+    anchored = Posterior(
+        torch.cat([block.qz.loc for block in blocks]), torch.cat([block.qz.scale for block in blocks])
+    )
+    prior = module.prior()
     code = request.batches[0] if request.batches else None
     log_w = torch.empty((n_samples, n_obs), dtype=torch.float64)
     for start in range(0, n_obs, _ROWS):
@@ -77,7 +79,7 @@ def importance_weights(
         cells = in_batch(block.cells, code)
         for sample in range(n_samples):
             z = block.draw(request.seed, sample)
-            log_q = log_normal(z.unsqueeze(1), Posterior(loc, scale)).double().logsumexp(1)
+            log_q = anchored.log_prob(z.unsqueeze(1)).double().logsumexp(1)
             total = torch.full_like(log_q, -math.inf)
             for anchor, px in zip(blocks, log_px, strict=True):
                 # The anchor's counts, under the draw, dispersion and batch of each cell.
@@ -85,7 +87,7 @@ def importance_weights(
                 same = replace(cells, counts=counts.take_rows(np.zeros(len(z), np.int64)))
                 library = counts.row_sums().clamp(min=1).expand(len(z)).contiguous()
                 total = torch.logaddexp(total, module.log_likelihood(z, library, same).double() - px)
-            log_w[sample, start:stop] = (total + log_prior(z).double() - log_q).cpu()
+            log_w[sample, start:stop] = (total + prior.log_prob(z).double() - log_q).cpu()
     flat = log_w.reshape(-1)
     if truncation:
         flat = flat.clamp(min=float(flat.logsumexp(0)) - math.log(len(flat)))

@@ -23,18 +23,6 @@ from atlasvi.types import GeneratesCounts, Minibatch, Posterior
 _SEED = 1 << 41
 
 
-def log_normal(z: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """Log density of a diagonal normal at ``z``, summed over the last axis."""
-    deviation = (z - posterior.loc) / posterior.scale
-    constant = 0.5 * math.log(2 * math.pi) * z.shape[-1]
-    return -0.5 * deviation.square().sum(-1) - posterior.scale.log().sum(-1) - constant
-
-
-def log_prior(z: torch.Tensor) -> torch.Tensor:
-    """Log density of the standard normal, summed over the last axis."""
-    return log_normal(z, Posterior(torch.zeros_like(z), torch.ones_like(z)))
-
-
 @torch.no_grad()
 def marginal_log_likelihood(module: Any, block: EncodedBlock, n_samples: int, seed: int) -> torch.Tensor:
     """``(B,)`` float64 log p(x) in nats, by importance sampling from q(z|x) (and q(l|x) where it is latent).
@@ -45,11 +33,12 @@ def marginal_log_likelihood(module: Any, block: EncodedBlock, n_samples: int, se
         n_samples: draws.
         seed: of the draws.
     """
+    prior = module.prior()
     total = block.library.new_full((len(block.library),), -math.inf, dtype=torch.float64)
     for sample in range(n_samples):
         z = block.draw(seed, sample)
         library = block.draw_library(seed, sample)
-        log_w = module.log_likelihood(z, library, block.cells) + log_prior(z) - log_normal(z, block.qz)
+        log_w = module.log_likelihood(z, library, block.cells) + prior.log_prob(z) - block.qz.log_prob(z)
         if block.library_scale is not None:
             log_w += _log_library_ratio(module, block, library)
         total = torch.logaddexp(total, log_w.double())
@@ -65,7 +54,7 @@ def _log_library_ratio(module: Any, block: EncodedBlock, library: torch.Tensor) 
     )
     q = Posterior(block.library.log().unsqueeze(1), block.library_scale.unsqueeze(1))
     log_l = library.log().unsqueeze(1)
-    return log_normal(log_l, prior) - log_normal(log_l, q)
+    return prior.log_prob(log_l) - q.log_prob(log_l)
 
 
 @torch.no_grad()

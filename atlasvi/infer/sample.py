@@ -16,7 +16,7 @@ from atlasvi.infer.decode import Request, in_batch, lazy, piece_rows, rows_of_ch
 from atlasvi.infer.encoded import Encoded, EncodedBlock, Key, Source
 from atlasvi.infer.normalized import LARGEST_DENSE, refuse_large
 from atlasvi.store import base as store
-from atlasvi.types import CountParameters, FieldMap, GeneratesCounts, InfersLibrary, Posterior
+from atlasvi.types import CountParameters, FieldMap, GeneratesCounts, InfersLibrary, Noise
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -339,6 +339,7 @@ class PriorCells:
     seed: int
     is_stored: bool = True
 
+    @torch.no_grad()
     def read(self, start: int, stop: int, device: torch.device) -> EncodedBlock:
         """The cells ``start`` to ``stop``."""
         rows = torch.arange(start, stop)
@@ -349,8 +350,8 @@ class PriorCells:
             batch = block.cells.batch_index
             library = self.module.library_log_mean[batch].exp()
             scale = self.module.library_log_var[batch].sqrt()
-        prior = Posterior(torch.zeros_like(block.qz.loc), torch.ones_like(block.qz.scale))
         cells = replace(block.cells, rows=rows.to(device))
+        prior = self.module.from_prior(Noise(self.seed, 0, cells.rows))
         return EncodedBlock(prior, library, scale, cells, np.arange(start, stop))
 
     def log_normaliser(self, key: Key) -> None:

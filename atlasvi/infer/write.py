@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +26,7 @@ from atlasvi.stream import default_workers
 
 if TYPE_CHECKING:
     import dask.array as da
+    import pandas as pd
 
 _ENCODING: Any = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
 _DICT: Any = {"encoding-type": "dict", "encoding-version": "0.1.0"}
@@ -161,4 +164,59 @@ def write_expression(
             raise
 
 
-__all__ = ["reader", "write_expression", "write_latent"]
+def write_labels(
+    probabilities: Callable[[NDArray[np.int64]], pd.DataFrame],
+    n_obs: int,
+    out: Path,
+    separator: str,
+    *,
+    threshold: float,
+    unknown: str,
+    advance: Advance,
+) -> Counter[str]:
+    """Write a table with a row a cell: its name, its label, and under ``p(label)`` the probability of each.
+
+    Args:
+        probabilities: of cells at these positions: cells x labels, the rows by their names.
+        n_obs: number of cells.
+        out: the file; with ``.gz`` at its end it is compressed.
+        separator: of columns.
+        threshold: cells whose most probable label is less probable are called ``unknown``.
+        unknown: their label.
+        advance: told the number of cells so far.
+
+    Returns:
+        Number of cells of each label.
+
+    Raises:
+        SpaceError: the disk is full; a table that was there stays.
+    """
+    found: Counter[str] = Counter()
+    part = out.with_name(f".part-{out.name}")
+    try:
+        for start in range(0, n_obs, NAMES):
+            cells = np.arange(start, min(start + NAMES, n_obs))
+            table = probabilities(cells)
+            best = table.to_numpy().argmax(1)
+            labels = np.asarray(table.columns, dtype=object)[best]
+            labels[table.to_numpy().max(1) < threshold] = unknown
+            found.update(labels.tolist())
+            table = table.rename(columns=lambda label: f"p({label})")
+            table.insert(0, "label", labels)
+            # Members of a gzip file may follow each other.
+            table.to_csv(
+                part, sep=separator, index_label="cell", header=start == 0, mode="a" if start else "w",
+                float_format="%.6g",
+            )  # fmt: skip
+            advance(int(cells[-1]) + 1, "")
+        os.replace(part, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SpaceError(f"no space left to write {str(out)!r}; free some and run again") from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+    return found
+
+
+__all__ = ["reader", "write_expression", "write_labels", "write_latent"]

@@ -20,6 +20,7 @@ _WHERE = {
     "GMVAE": "atlasvi.models.gmvae",
     "DCA": "atlasvi.models.dca",
     "ACTINN": "atlasvi.models.actinn",
+    "GaussianVAE": "atlasvi.models.vae",
     "PCA": "atlasvi.models.factor",
     "PPCA": "atlasvi.models.factor",
     "FactorAnalysis": "atlasvi.models.factor",

@@ -276,7 +276,7 @@ class CountModel(Generic[Config, Module]):
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
             schedule: ``"adaptive"``, which looks at the cells kept for validation every few steps, stops when
                 they no longer gain and keeps the best weights, or ``"scvi-tools"``; ``None``: that of
-                ``model.plan``, adaptive unless `SCVI.paper` made it.
+                ``model.plan``, adaptive unless the model has its own, as `SCVI.paper` and `SCANVI`.
             precision: ``"float32"``, or ``"bf16"``: the factors of the large matrix products are rounded to
                 bfloat16, while weights, sums and likelihood stay float32.
             early_stopping_monitor: a column of ``history``.
@@ -973,7 +973,7 @@ class CountModel(Generic[Config, Module]):
         seed: int = 0,
         out: str | Path | None = None,
     ) -> Atlas:
-        """Cells that nobody saw: z ~ N(0, I), then counts from p(x | z, l).
+        """Cells that nobody saw: z from its prior, then counts from p(x | z, l).
 
         Each takes batch, covariates and library size of a cell of the data chosen at random; a library size
         that is latent is drawn from the prior of the batch.

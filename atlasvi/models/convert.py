@@ -260,8 +260,11 @@ def to_scvi_tools(model: SCVI, path: str | Path, *, overwrite: bool = False) -> 
         True
     """
     path = Path(path)
-    if type(model) is not SCVI or model.config.gene_likelihood == "zip":
-        raise ModelError(f"{model!r} cannot be written for scvi-tools; a SCVI of zinb, nb or poisson can")
+    if type(model) is not SCVI or model.config.gene_likelihood == "zip" or model.config.prior != "normal":
+        raise ModelError(
+            f"{model!r} cannot be written for scvi-tools; a SCVI of zinb, nb or poisson can, with "
+            "prior='normal'"
+        )
     model._must_be_trained()
     if path.exists() and (not overwrite or [p.name for p in path.iterdir()] != [_FILE]):
         raise ModelError(
@@ -287,7 +290,7 @@ def to_scvi_tools(model: SCVI, path: str | Path, *, overwrite: bool = False) -> 
 
 
 def _init_params(config: SCVIConfig) -> dict[str, Any]:
-    ours = ("seed", "adversary", "mmd")
+    ours = ("seed", "adversary", "mmd", "prior", "n_prior_components")
     return {name: value for name, value in asdict(config).items() if name not in ours}
 
 

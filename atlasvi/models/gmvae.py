@@ -42,7 +42,7 @@ from atlasvi.models.scvi import covariates
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
 from atlasvi.train.schedule import TrainingPlan
-from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi.types import FieldMap, LossTerms, Minibatch, Mixture, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
     from atlasvi.models.base import Data, LibraryMoments
@@ -103,6 +103,12 @@ class GMVAEModule(SCVAEModule):
             layer_norm=config.use_layer_norm in ("encoder", "both"), stream=_Z_DROPOUT,
         )  # fmt: skip
         return Encoder(mlp, config.n_hidden, config.n_latent)
+
+    def prior(self) -> Mixture:
+        """p(z), over components."""
+        n = self.config.n_components
+        log_weights = self.component_loc.new_full((n,), -math.log(n))
+        return Mixture(log_weights, Posterior(self.component_loc, self.component_log_scale.exp()))
 
     def class_logits(self, minibatch: Minibatch, noise: Noise | None = None) -> torch.Tensor:
         """``(B, K)`` logits of q(y | x)."""

@@ -42,7 +42,7 @@ from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, level_codes, resolve, uns_entry
 from atlasvi.stream import Epochs
-from atlasvi.train.schedule import default_epochs
+from atlasvi.train.schedule import PLANS, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from atlasvi.models.base import Data
 
 # Noise streams, apart from those of scVI.
-_Z, _U = 0, 2
+_Z, _U, _LABEL = 0, 2, 4
 _CLASSIFIER_DROPOUT, _U_DROPOUT = 48, 64
 
 
@@ -167,6 +167,13 @@ class SCANVIModule(SCVIModule):
         logits: torch.Tensor = self.classifier(z, None)
         return logits
 
+    def from_prior(self, noise: Noise) -> Posterior:
+        """p(z | u, y) of (3), for each of B new cells a draw of u and y."""
+        y = torch.searchsorted(self.label_prior.cumsum(0)[:-1], noise.uniform(1, _LABEL))
+        u = noise.normal(self.config.n_latent, _U)
+        pz: Posterior = self.u_decoder(u, Covariates(y, u.new_empty(len(u), 0)), None)
+        return pz
+
     def label_terms(self, z: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
         """``(B,)`` the expectation of -log p(z|u,y) over q(y|z) of (5), and of the divergences of u and y."""
         n_labels, n_cells = self.n_labels, len(z)
@@ -178,7 +185,7 @@ class SCANVIModule(SCVIModule):
         qu: Posterior = self.u_encoder(zs, labels, NoiseByLabel(noise, n_labels))
         u = qu.rsample(by_label(noise.normal(n_labels * z.shape[1], _U), n_labels))
         pz: Posterior = self.u_decoder(u, labels, None)
-        log_pz = _log_normal(zs, pz).view(n_labels, n_cells).T
+        log_pz = pz.log_prob(zs).view(n_labels, n_cells).T
         kl_u = qu.kl_divergence().view(n_labels, n_cells).T
         kl_y = (q * (log_q - self.label_prior.log())).sum(1)
         return -(q * log_pz).sum(1), (q * kl_u).sum(1) + kl_y
@@ -191,7 +198,7 @@ class SCANVIModule(SCVIModule):
         library, kl_library = self.library(minibatch, noise)
         reconstruction = -self.log_likelihood(z, library, minibatch, weights.matmul_dtype)
         cross, divergence = self.label_terms(z, noise)
-        latent = _log_normal(z, qz) + cross
+        latent = qz.log_prob(z) + cross
         total = (reconstruction + latent + weights.kl * (divergence + kl_library)).mean()
         total = total + self.penalty(z, minibatch)
         if minibatch.labelled is not None:
@@ -206,13 +213,6 @@ class SCANVIModule(SCVIModule):
         noise = Noise(noise.seed, noise.step, labelled.rows)
         logits = self.classifier(self.encode(labelled, noise).loc, noise)
         return F.cross_entropy(logits, labelled.labels)
-
-
-def _log_normal(value: torch.Tensor, q: Posterior) -> torch.Tensor:
-    """``(B,)`` log density of a diagonal normal."""
-    normal = torch.distributions.Normal(q.loc, q.scale, validate_args=False)
-    density: torch.Tensor = normal.log_prob(value)
-    return density.sum(-1)
 
 
 class WithLabelled:
@@ -245,7 +245,8 @@ class WithLabelled:
 class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
 
-    The defaults are scvi-tools'. The model is at the head of this file; Xu et al. 2021.
+    The defaults are scvi-tools', the schedule of training among them. The model is at the head of this file;
+    Xu et al. 2021.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -314,10 +315,15 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         config = SCANVIConfig(
             n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
             use_observed_lib_size, encode_covariates, deeply_inject_covariates,
-            use_batch_norm, use_layer_norm, seed, adversary, mmd, linear_classifier, classifier_n_layers,
-            classifier_n_hidden, classifier_dropout_rate, classification_ratio, balance_labels,
+            use_batch_norm, use_layer_norm, seed, adversary, mmd, linear_classifier=linear_classifier,
+            classifier_n_layers=classifier_n_layers, classifier_n_hidden=classifier_n_hidden,
+            classifier_dropout_rate=classifier_dropout_rate, classification_ratio=classification_ratio,
+            balance_labels=balance_labels,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
+        # Adaptive training keeps the weights of the best ELBO, which says nothing of the labels: after a
+        # pretrained SCVI that is soon, with a classifier that has hardly learnt.
+        self.plan = PLANS["scvi-tools"]
 
     @classmethod
     def setup_anndata(  # type: ignore[override]
@@ -424,8 +430,11 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
                 classifier_dropout_rate=classifier_dropout_rate, classification_ratio=classification_ratio,
                 balance_labels=balance_labels, seed=c.seed,
             )  # fmt: skip
-        own = {k: v for k, v in model.module.state_dict().items() if k not in scvi_model.module.state_dict()}
-        model.module.load_state_dict(own | scvi_model.module.state_dict())
+        # Its prior and the critic that it was played against stay behind.
+        theirs = scvi_model.module.state_dict()
+        model.module.load_state_dict(
+            {name: theirs.get(name, own) for name, own in model.module.state_dict().items()}
+        )
         model._was_pretrained = True
         return model
 

@@ -13,6 +13,7 @@ Generative model of cell n with batch s_n, for genes g (equation numbers of the 
 w, y and h are integrated out: x is ZINB. Inference: q(z|x) and q(log l|x) are normals whose means and
 variances are networks of log(1 + x). The loss is the negative ELBO, with a weight on KL(q(z|x)||p(z))
 that the schedule warms up, and, if asked for, penalties on a latent that tells batches apart (`nn.critics`).
+In the place of (1) a mixture can be learnt (`nn.priors`), with log q(z|x) - log p(z) at the draw as its KL.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,8 +37,18 @@ from atlasvi.nn.critics import BatchCritic, mmd
 from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates
+from atlasvi.nn.priors import MixturePrior, NormalPrior, VampPrior
 from atlasvi.train.schedule import TrainingPlan
-from atlasvi.types import CountParameters, FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
+from atlasvi.types import (
+    CountParameters,
+    FieldMap,
+    LossTerms,
+    Minibatch,
+    Mixture,
+    Noise,
+    Posterior,
+    StepWeights,
+)
 
 if TYPE_CHECKING:
     import anndata
@@ -44,7 +56,7 @@ if TYPE_CHECKING:
     from atlasvi.models.base import Data
 
 # Noise streams of a step: what is drawn apart from dropout, and the first of each network's layers.
-_Z, _LIBRARY = 0, 1
+_Z, _LIBRARY, _PRIOR = 0, 1, 4
 _ENCODER_DROPOUT, _LIBRARY_DROPOUT = 16, 32
 
 
@@ -67,19 +79,24 @@ class SCVIConfig:
     seed: int = 0
     adversary: float = 0.0
     mmd: float = 0.0
+    prior: str = "normal"
+    n_prior_components: int = 50
 
     def __post_init__(self) -> None:
         """Refuse what the model cannot be."""
         one_of("dispersion", self.dispersion, ("gene", "gene-batch", "gene-label", "gene-cell"))
         one_of("latent_distribution", self.latent_distribution, ("normal",))
+        one_of("prior", self.prior, ("normal", "mog", "vamp"))
         by_name(self.gene_likelihood)
         for name in ("use_batch_norm", "use_layer_norm"):
             one_of(name, getattr(self, name), ("encoder", "decoder", "none", "both"))
-        for name in ("n_hidden", "n_latent", "n_layers"):
+        for name in ("n_hidden", "n_latent", "n_layers", "n_prior_components"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
         if not 0 <= self.dropout_rate < 1:
             raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
+        if self.prior == "vamp" and self.n_prior_components < 2:
+            raise OptionError("n_prior_components must be at least 2 for prior='vamp', is 1")
         for name in ("adversary", "mmd"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"{name} is a weight and must be at least 0, is {getattr(self, name)}")
@@ -113,6 +130,7 @@ class SCVIModule(nn.Module):
             )
         self.encoder = self.make_encoder(fields)
         self.decoder = self.make_decoder(fields)
+        self.z_prior = self.make_prior(fields)
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
             rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
             self.log_theta = nn.Parameter(torch.randn(rows[config.dispersion], fields.n_vars))
@@ -169,6 +187,29 @@ class SCVIModule(nn.Module):
             has_pi=self.likelihood.has_pi,
             has_theta=self.likelihood.has_theta and config.dispersion == "gene-cell",
         )
+
+    def make_prior(self, fields: FieldMap) -> NormalPrior | MixturePrior | VampPrior:
+        """p(z)."""
+        config = self.config
+        if config.prior == "mog":
+            return MixturePrior(config.n_prior_components, config.n_latent)
+        if config.prior == "vamp":
+            n_codes, n_continuous = len(levels_of(fields)), len(fields.continuous_covariate_keys)
+            return VampPrior(config.n_prior_components, fields.n_vars, n_codes, n_continuous)
+        return NormalPrior(config.n_latent)
+
+    def prior(self) -> Mixture:
+        """p(z), a mixture of one or more normals."""
+        found: Mixture = self.z_prior(self._encode_pseudo_inputs)
+        return found
+
+    def _encode_pseudo_inputs(self, log_counts: torch.Tensor, covariates: Covariates) -> Posterior:
+        posterior: Posterior = self.encoder(log_counts, covariates, None, own_moments=True)
+        return posterior
+
+    def from_prior(self, noise: Noise) -> Posterior:
+        """For each of B new cells the component of p(z) that its z is to be drawn from."""
+        return self.prior().chosen(noise.uniform(1, _PRIOR))
 
     def encode(self, minibatch: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z | x)."""
@@ -253,7 +294,7 @@ class SCVIModule(nn.Module):
         z = qz.rsample(noise.normal(qz.loc.shape[1], _Z))
         library, kl_library = self.library(minibatch, noise)
         reconstruction = -self.log_likelihood(z, library, minibatch, weights.matmul_dtype)
-        kl_z = qz.kl_divergence()
+        kl_z = self.prior().kl_divergence(qz, z)
         total = (reconstruction + weights.kl * kl_z + kl_library).mean() + self.penalty(z, minibatch)
         return LossTerms(total, reconstruction.detach(), kl_z.detach(), kl_library.detach())
 
@@ -342,6 +383,10 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         use_layer_norm: likewise.
         adversary: weight, in nats a cell, of a critic that guesses batches from z and is played against.
         mmd: weight of the squared maximum mean discrepancy of z between batches; 0 as published.
+        prior: of z: ``"normal"`` as published, or learnt: ``"mog"``, a mixture of normals, or ``"vamp"``,
+            one of posteriors of pseudo-inputs, which begin at cells chosen at random (Tomczak and Welling
+            2018).
+        n_prior_components: of the mixture.
         seed: of the initial weights.
 
     Raises:
@@ -377,14 +422,26 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         use_layer_norm: str = "none",
         adversary: float = 0.0,
         mmd: float = 0.0,
+        prior: str = "normal",
+        n_prior_components: int = 50,
         seed: int = 0,
     ) -> None:
         config = SCVIConfig(
             n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, latent_distribution,
             use_observed_lib_size, encode_covariates, deeply_inject_covariates,
-            use_batch_norm, use_layer_norm, seed, adversary, mmd,
+            use_batch_norm, use_layer_norm, seed, adversary, mmd, prior, n_prior_components,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
+        if isinstance(self.module.z_prior, VampPrior):
+            self._start_pseudo_inputs(self.module.z_prior)
+
+    def _start_pseudo_inputs(self, prior: VampPrior) -> None:
+        """At cells chosen at random; with replacement where there are fewer."""
+        n_obs, n = self._data(None)[0].n_obs, self.config.n_prior_components
+        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
+        chosen = generator.choice(n_obs, n, replace=n_obs < n)
+        minibatch = next(self._minibatches(None, chosen, n))
+        prior.start_at(minibatch.counts, covariates(minibatch))
 
     @classmethod
     def paper(cls, adata: Data, *, n_latent: int = 10, gene_likelihood: str = "zinb", seed: int = 0) -> SCVI:

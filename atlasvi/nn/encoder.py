@@ -30,8 +30,13 @@ class Encoder(nn.Module):
         self.log_variance = nn.Linear(n_hidden, n_out)
 
     def forward(
-        self, x: CSR | torch.Tensor, covariates: Covariates, noise: Noise | NoiseByLabel | None
+        self,
+        x: CSR | torch.Tensor,
+        covariates: Covariates,
+        noise: Noise | NoiseByLabel | None,
+        *,
+        own_moments: bool = False,
     ) -> Posterior:
-        """The posterior of B cells."""
-        h = self.mlp(x, covariates, noise)
+        """The posterior of B cells; ``own_moments`` as in `MLP`."""
+        h = self.mlp(x, covariates, noise, own_moments=own_moments)
         return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + self.floor))

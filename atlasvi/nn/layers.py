@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,13 +183,23 @@ class MLP(nn.Module):
                 self.batch_norms.append(BatchNorm(n_hidden, momentum=0.01, eps=0.001))
 
     def forward(
-        self, x: torch.Tensor | CSR, covariates: Covariates, noise: Noise | NoiseByLabel | None
+        self,
+        x: torch.Tensor | CSR,
+        covariates: Covariates,
+        noise: Noise | NoiseByLabel | None,
+        *,
+        own_moments: bool = False,
     ) -> torch.Tensor:
-        """``(B, n_hidden)``; without ``noise`` nothing is dropped out."""
+        """``(B, n_hidden)``; without ``noise`` nothing is dropped out.
+
+        ``own_moments``: batch norms take the moments of these rows, whether it is trained or not, and the
+        rows leave no trace in them.
+        """
         for i, linear in enumerate(self.linears):
             h = linear(x, covariates)
             if len(self.batch_norms):
-                h = self.batch_norms[i](h)
+                norm: Any = self.batch_norms[i]
+                h = norm.by_own_moments(h) if own_moments else norm(h)
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[1:])
             h = F.relu(h)

@@ -112,3 +112,10 @@ class BatchNorm(torch.nn.BatchNorm1d):
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+    def by_own_moments(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, n)`` by the moments of these rows alone, which the running moments do not take up."""
+        found: torch.Tensor = torch.nn.functional.batch_norm(
+            x, None, None, self.weight, self.bias, training=True, eps=self.eps
+        )
+        return found

@@ -249,3 +249,29 @@ def test_other_folders_and_formats_are_named(copied, tmp_path):
 
 def test_the_public_names_are_these():
     assert atlasvi.open_compact is open_compact and atlasvi.publish is publish
+
+
+def test_new_cells_of_a_new_batch_are_put_beside_those_published(tmp_path):
+    """Without the reference's counts: its model and latents suffice, and stay what they were."""
+    adata = make_adata()
+    is_query = np.arange(300) % 3 == 0
+    reference, query = adata[~is_query].copy(), adata[is_query].copy()
+    SCVI.setup_anndata(reference, batch_key="batch", gene_mask=None)
+    model = SCVI(reference, n_hidden=16, n_latent=3, encode_covariates=True)
+    model.train(20, batch_size=64, enable_progress_bar=False, plan_kwargs={"lr": 0.01})
+    publish(model, None, tmp_path / "my.atlasvi", obs=["cell_type"], dtype="float32")
+    published = open_compact(tmp_path / "my.atlasvi")
+    query.obs["batch"] = "new"
+    query = SCVI.prepare_query_anndata(query[:, :0:-1].copy(), published.model)  # other order, a gene less
+    mapped = SCVI.load_query_data(query, published.model)
+    mapped.train(5, batch_size=32, enable_progress_bar=False)
+    z = mapped.get_latent_representation()
+    assert mapped.fields.batch_categories == ("b1", "b2", "new")
+    # Each new cell takes the type that most of its neighbours among the published cells have.
+    near = np.square(z[:, None] - published.cells.loc[None]).sum(-1).argsort(1)[:, :9]
+    types = published.obs["cell_type"].to_numpy()
+    found = [max(set(row), key=list(row).count) for row in types[near]]
+    assert (found == query.obs["cell_type"].to_numpy()).mean() > 0.8
+    # What was published answers as before.
+    again = mapped.get_latent_representation(reference)
+    np.testing.assert_allclose(again, published.cells.loc, rtol=1e-4, atol=1e-5)

@@ -12,10 +12,12 @@ from atlasvi.errors import ModelError, OptionError
 from atlasvi.models import by_name, load
 from atlasvi.models.factor import FactorModel
 
-# Name in lower case -> columns to set up, arguments.
+# Name in lower case, and what it is with -> columns to set up, arguments.
 SETUP = {"batch_key": "batch", "gene_mask": None}
 FAMILY = {
     "scvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
+    "scvi mog": (SETUP, {"n_hidden": 16, "n_latent": 3, "prior": "mog", "n_prior_components": 4}),
+    "scvi vamp": (SETUP, {"n_hidden": 16, "n_latent": 3, "prior": "vamp", "n_prior_components": 4}),
     "linearscvi": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "scanvi": (
         {**SETUP, "labels_key": "cell_type", "unlabeled_category": "NK"},
@@ -23,19 +25,26 @@ FAMILY = {
     ),
     "scvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "mean": "exp"}),
     "gmvae": (SETUP, {"n_hidden": 16, "n_latent": 3, "n_components": 3, "bound": "sampled"}),
+    "gaussianvae": (SETUP, {"n_hidden": 16, "n_latent": 3}),
     "dca": ({"gene_mask": None}, {"n_hidden": 16, "n_latent": 4}),
     "actinn": ({"labels_key": "cell_type", "gene_mask": None}, {"transform": "lecture"}),
     "pca": ({"gene_mask": None}, {"n_latent": 3}),
     "ppca": ({"gene_mask": None}, {"n_latent": 3}),
     "factoranalysis": ({"gene_mask": None}, {"n_latent": 3}),
 }
-FACTORS = [name for name in FAMILY if issubclass(by_name(name), FactorModel)]
+
+
+def kind_of(name):
+    return by_name(name.split()[0])
+
+
+FACTORS = [name for name in FAMILY if issubclass(kind_of(name), FactorModel)]
 TRAINED = [name for name in FAMILY if name not in FACTORS]
 
 
 def build(name, data):
     setup, options = FAMILY[name]
-    kind = by_name(name)
+    kind = kind_of(name)
     kind.setup_anndata(data, **setup)
     return kind(data, **options)
 
@@ -54,7 +63,7 @@ def answer(model, data=None):
 
 def on_command_line(name, store, out, monkeypatch, *more):
     setup, options = FAMILY[name]
-    words = ["atlasvi", "train", str(store), "-o", str(out), "--model", name]
+    words = ["atlasvi", "train", str(store), "-o", str(out), "--model", name.split()[0]]
     for key, value in setup.items():
         words += [f"--{key.replace('_', '-')}", "none" if value is None else str(value)]
     for key, value in options.items():

@@ -106,6 +106,16 @@ def test_it_starts_where_a_scvi_ended(cells):
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
 
 
+def test_training_neither_ends_nor_is_undone_by_the_elbo(cells):
+    """Which says nothing of the labels: the weights are those of the last step."""
+    seen = []
+    model = build(cells)
+    train(model, 4, on_epoch=lambda record: seen.append(model.module.classifier.out.weight.detach().clone()))
+    assert [check.step for check in model.checks] == [6, 12, 18, 24]
+    assert (model.module.classifier.out.weight == seen[-1]).all()
+    assert not (seen[-1] == seen[-2]).all()
+
+
 def test_labelled_cells_come_with_every_minibatch_in_whatever_epoch(cells):
     model = build(cells)
     epochs = model._training_epochs(

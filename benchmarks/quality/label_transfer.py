@@ -1,0 +1,282 @@
+"""Labels of a reference for the cells of a query: SCANVI and ACTINN, beside scvi-tools and a regression.
+
+    export ATLASVI_TEST_DATA=data
+    python -m benchmarks.quality.label_transfer --method SCANVI ACTINN regression
+    .peers/scvi-tools/bin/python -m benchmarks.quality.label_transfer --method scvi-tools
+    python -m benchmarks.quality.label_transfer --table
+
+Each run is appended to ``label_transfer.json`` beside this file as it ends; what is there is not run again.
+
+Two kinds of task. In scmixology_celllines, whose labels are genotypes, each plate is hidden in turn and the
+others are the reference. pbmc_sorted_reference, whose labels are by sorting, gives labels to two sets that
+have none; these are judged by markers, `by_markers`: only cells whose markers speak for one of four coarse
+types and for none of the others, and only whether the coarse type is right. All methods see the same genes,
+the 2,000 of the shared ones that vary most in the reference. SCANVI, ours and theirs, has the query in its
+training without its labels, ACTINN has not, and the regression (scikit-learn's, logistic) is on 50
+principal components of reference and query together. SCVI is trained for at most 60 epochs, SCANVI for at
+most 20 from there, by the schedule that each library has by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import scipy.sparse as sp
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "label_transfer.json"
+N_GENES = 2_000
+EPOCHS_SCVI, EPOCHS_SCANVI = 60, 20
+UNKNOWN = "Unknown"
+# Coarse type -> markers, and how many of them a cell must have.
+MARKERS = {
+    "T": (("CD3D", "CD3E", "CD3G"), 2),
+    "B": (("CD79A", "CD79B", "MS4A1"), 2),
+    "monocyte": (("LYZ", "S100A8", "S100A9", "FCN1"), 3),
+    "NK": (("GNLY", "NKG7", "KLRF1", "KLRD1"), 3),
+}
+COARSE = {"bcells": "B", "monocytes": "monocyte", "nk": "NK"}  # and every other label of the reference is T
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cells of a reference and of a query, with the same genes.
+
+    Args:
+        name: of the data and, where one is hidden, the plate.
+        cells: counts; obs has ``batch`` and ``label``, which is `UNKNOWN` for the query.
+        is_query: which cells they are.
+        score: of labels for the query's cells.
+    """
+
+    name: str
+    cells: anndata.AnnData
+    is_query: np.ndarray
+    score: Callable[[np.ndarray], dict[str, float]]
+
+
+def read(name: str) -> anndata.AnnData:
+    """A data set of ``ATLASVI_TEST_DATA``, by default ``shared/data`` beside the repository."""
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    found = anndata.read_h5ad(Path(os.environ.get("ATLASVI_TEST_DATA", default)) / f"{name}.h5ad")
+    found.X = sp.csr_matrix(found.X, dtype=np.float32)
+    return found
+
+
+def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """log(1 + 10,000 x / total)."""
+    scaled = sp.diags(1e4 / np.maximum(counts.sum(1).A1, 1)) @ counts
+    return scaled.log1p().tocsr()
+
+
+def most_variable(cells: anndata.AnnData) -> np.ndarray:
+    """Which genes vary most, on the logarithmic scale."""
+    y = log_normalised(cells.X)
+    variance = y.multiply(y).mean(0).A1 - y.mean(0).A1 ** 2
+    return np.sort(np.argsort(-variance, kind="stable")[:N_GENES])
+
+
+def by_markers(counts: anndata.AnnData) -> np.ndarray:
+    """The coarse type that a cell's markers speak for, empty where they speak for none or for several.
+
+    NK cells have none of the markers of T cells besides.
+    """
+    seen = {name: (counts[:, list(genes)].X > 0).sum(1).A1 for name, (genes, _) in MARKERS.items()}
+    holds = {name: seen[name] >= least for name, (_, least) in MARKERS.items()}
+    holds["NK"] &= seen["T"] == 0
+    found = np.full(counts.n_obs, "", dtype=object)
+    alone = sum(rule.astype(int) for rule in holds.values()) == 1
+    for name, rule in holds.items():
+        found[rule & alone] = name
+    return found
+
+
+def coarse(labels: np.ndarray) -> np.ndarray:
+    """The coarse types of labels of pbmc_sorted_reference."""
+    return np.array([COARSE.get(label, "T") for label in labels], dtype=object)
+
+
+def tasks() -> Iterator[Task]:
+    """All of them; the counts of one at a time are in memory."""
+    whole = read("scmixology_celllines")
+    whole = whole[whole.obs["demuxlet_cls"] == "SNG"].copy()
+    for plate in sorted(whole.obs["batch"].unique()):
+        is_query = (whole.obs["batch"] == plate).to_numpy()
+        truth = whole.obs["cell_type"].astype(str).to_numpy()
+        cells = whole[:, most_variable(whole[~is_query])].copy()
+        cells.obs = cells.obs[["batch"]].assign(label=np.where(is_query, UNKNOWN, truth)).astype(str)
+
+        def score(labels: np.ndarray, expected: np.ndarray = truth[is_query]) -> dict[str, float]:
+            return {
+                "accuracy": accuracy_score(expected, labels),
+                "macro_f1": f1_score(expected, labels, average="macro", labels=np.unique(expected)),
+            }
+
+        yield Task(f"scmixology_celllines/{plate}", cells, is_query, score)
+
+    reference = read("pbmc_sorted_reference")
+    for name in ("pbmc_frozen_donorA", "pbmc_3chemistries"):
+        query = read(name)
+        judged = by_markers(query)
+        shared = [gene for gene in reference.var_names if gene in set(query.var_names)]
+        batch = query.obs["batch"].astype(str) if "batch" in query.obs else np.full(query.n_obs, name)
+        parts = []
+        for cells, obs in (
+            (reference, {"batch": "reference", "label": reference.obs["cell_type"].astype(str)}),
+            (query, {"batch": batch, "label": UNKNOWN}),
+        ):
+            part = cells[:, shared].copy()
+            part.obs = part.obs[[]].assign(**obs)
+            parts.append(part)
+        genes = most_variable(parts[0])
+        both = anndata.concat([part[:, genes] for part in parts], index_unique="-", keys=["r", "q"])
+        is_query = (both.obs["label"] == UNKNOWN).to_numpy()
+
+        def of_coarse(labels: np.ndarray, expected: np.ndarray = judged) -> dict[str, float]:
+            is_clear = expected != ""
+            right = coarse(labels[is_clear]) == expected[is_clear]
+            found = {f"right_{kind}": right[expected[is_clear] == kind].mean() for kind in MARKERS}
+            return {"accuracy": right.mean(), "clear": is_clear.mean(), **found}
+
+        yield Task(name, both, is_query, of_coarse)
+
+
+# --- methods: (task, seed) -> labels of the query's cells ------------------------------------------
+
+
+def scanvi(task: Task, seed: int) -> np.ndarray:
+    """Ours."""
+    import atlasvi
+
+    cells = task.cells.copy()
+    atlasvi.SCVI.setup_anndata(cells, batch_key="batch", gene_mask=None)
+    scvi = atlasvi.SCVI(cells, seed=seed)
+    scvi.train(EPOCHS_SCVI, enable_progress_bar=False, seed=seed)
+    model = atlasvi.SCANVI.from_scvi_model(scvi, UNKNOWN, "label")
+    model.train(EPOCHS_SCANVI, enable_progress_bar=False, seed=seed)
+    return np.asarray(model.predict(indices=np.flatnonzero(task.is_query)))
+
+
+def actinn(task: Task, seed: int) -> np.ndarray:
+    """Ours; it sees the reference alone."""
+    import atlasvi
+
+    reference = task.cells[~task.is_query].copy()
+    query = task.cells[task.is_query].copy()
+    atlasvi.ACTINN.setup_anndata(reference, labels_key="label", gene_mask=None)
+    model = atlasvi.ACTINN(reference, query, seed=seed)
+    model.train(enable_progress_bar=False, seed=seed)
+    return np.asarray(model.predict(query))
+
+
+def regression(task: Task, seed: int) -> np.ndarray:
+    """scikit-learn's, on principal components of all cells."""
+    y = log_normalised(task.cells.X).toarray()
+    z = PCA(50, random_state=seed).fit_transform(y)
+    labels = task.cells.obs["label"].to_numpy()
+    model = LogisticRegression(max_iter=2_000).fit(z[~task.is_query], labels[~task.is_query])
+    return np.asarray(model.predict(z[task.is_query]))
+
+
+def peer(task: Task, seed: int) -> np.ndarray:
+    """scvi-tools' SCANVI."""
+    import logging
+
+    import scvi
+
+    logging.getLogger("scvi").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    scvi.settings.seed = seed
+    cells = task.cells.copy()
+    options = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    scvi.model.SCVI.setup_anndata(cells, batch_key="batch", labels_key="label")
+    start = scvi.model.SCVI(cells)
+    start.train(EPOCHS_SCVI, **options)
+    model = scvi.model.SCANVI.from_scvi_model(start, UNKNOWN, adata=cells)
+    model.train(EPOCHS_SCANVI, **options)
+    return np.asarray(model.predict(indices=np.flatnonzero(task.is_query)))
+
+
+METHODS: dict[str, Callable[[Task, int], np.ndarray]] = {
+    "SCANVI": scanvi,
+    "ACTINN": actinn,
+    "regression": regression,
+    "scvi-tools": peer,
+}
+NAMES = {"regression": "regression on PCA", "scvi-tools": "SCANVI, scvi-tools"}
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=[])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.method:
+        # Before torch, as it sets how long torch's threads spin.
+        if options.method != ["scvi-tools"]:
+            import atlasvi  # noqa: F401
+        import torch
+
+        torch.set_num_threads(1)
+        for task in tasks():
+            for method in options.method:
+                for seed in range(options.seeds):
+                    run(task, method, seed)
+    if options.table:
+        print(table(json.loads(RESULTS.read_text())))
+
+
+def run(task: Task, method: str, seed: int) -> None:
+    """One method on one task, if it is not in the results yet."""
+    runs: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    key = {"task": task.name, "method": method, "seed": seed}
+    if any(key.items() <= known.items() for known in runs):
+        return
+    start = time.perf_counter()
+    score = task.score(METHODS[method](task, seed))
+    seconds = round(time.perf_counter() - start, 1)
+    found = {**key, **{name: round(float(value), 4) for name, value in score.items()}, "seconds": seconds}
+    runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    part = RESULTS.with_name(f".{RESULTS.name}.{method}")
+    part.write_text("[\n " + ",\n ".join(json.dumps(each) for each in [*runs, found]) + "\n]\n")
+    part.replace(RESULTS)
+    print(json.dumps(found), flush=True)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: the share of right labels, a row a task and a column a method; mean over seeds."""
+    methods = [method for method in METHODS if any(found["method"] == method for found in runs)]
+    names = list(dict.fromkeys(found["task"] for found in sorted(runs, key=lambda found: found["task"])))
+    lines = [
+        "| | " + " | ".join(NAMES.get(method, method) for method in methods) + " |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for name in names:
+        row = []
+        for method in methods:
+            values = [r["accuracy"] for r in runs if r["task"] == name and r["method"] == method]
+            row.append(f"{np.mean(values):.3f}" if values else "")
+        lines.append(f"| {name.replace('/', ', hidden: ')} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
