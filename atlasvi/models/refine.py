@@ -60,8 +60,11 @@ def refined(
     Raises:
         OptionError: the model has no posterior to refit, or an argument that cannot be.
     """
-    if not isinstance(model.module, HasPosterior):
-        raise OptionError(f"{type(model).__name__} has no posterior to refit; SCVI and its family have")
+    if not isinstance(model.module, HasPosterior) or not model.module.posterior_parts:
+        raise OptionError(
+            f"{type(model).__name__} has no posterior to refit, or, as with prior='vamp', one that the prior "
+            "is made of; SCVI and its family have, with prior='normal' or 'mog'"
+        )
     if max_epochs < 1 or batch_size < 1:
         raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 1")
     plan = PLAN.with_options(plan_kwargs)
@@ -80,10 +83,9 @@ def refined(
     )
     between = steps_between_checks(plan, len(looked_at), batch_size)
     patience = (plan.patience or 0) * (between or 0)
-    config = module.config
-    if isinstance(config, SCVIConfig):
-        # Penalties are no part of the ELBO.
-        module.config = replace(config, adversary=0.0, mmd=0.0)
+    has_penalties = isinstance(model.config, SCVIConfig)
+    if has_penalties:  # which are no part of the ELBO
+        module.config = replace(model.config, adversary=0.0, mmd=0.0)
     total = max_epochs * len(cells)
     with bar("refine", total, "cells", enabled=shown and rank == 0) as advance, posterior_only(module):
 
@@ -97,7 +99,8 @@ def refined(
             validate_every=max_epochs, steps_between_checks=between, look_first=True,
             listeners=Listeners(step=after_step),
         )  # fmt: skip
-    module.config = config
+    if has_penalties:
+        module.config = model.config
     other.checks = progress.checks
     options = {"n_obs": len(cells), "plan": asdict(plan), "batch_size": batch_size, "seed": seed}
     other._training = {**(model._training or {}), "refined": options}

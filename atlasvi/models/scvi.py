@@ -131,6 +131,8 @@ class SCVIModule(nn.Module):
         self.encoder = self.make_encoder(fields)
         self.decoder = self.make_decoder(fields)
         self.z_prior = self.make_prior(fields)
+        if isinstance(self.z_prior, VampPrior):
+            self.posterior_parts = ()  # the encoder is in the prior too
         if self.likelihood.has_theta and config.dispersion != "gene-cell":
             rows = {"gene": 1, "gene-batch": fields.n_batch, "gene-label": fields.n_labels}
             self.log_theta = nn.Parameter(torch.randn(rows[config.dispersion], fields.n_vars))

@@ -74,6 +74,9 @@ class GaussianVAEModule(nn.Module):
         library: not used.
     """
 
+    posterior_parts: tuple[str, ...] = ("encoder",)
+    fuses_heads = True
+
     def __init__(self, config: GaussianVAEConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
         super().__init__()
 

@@ -13,18 +13,25 @@ from atlasvi.models.gmvae import GMVAE, repeated
 from atlasvi.models.ldvae import LinearSCVI
 from atlasvi.models.scanvi import SCANVI
 from atlasvi.models.scvi import SCVI
+from atlasvi.models.vae import GaussianVAE
 
 QUIET = {"batch_size": 64, "enable_progress_bar": False}
 KINDS = {
     "defaults": (SCVI, {}),
     "latent library, covariates": (SCVI, {"use_observed_lib_size": False, "encode_covariates": True}),
     "a theta each batch, critic, mmd": (SCVI, {"dispersion": "gene-batch", "adversary": 2.0, "mmd": 1.0}),
+    "prior of several normals": (SCVI, {"prior": "mog", "n_prior_components": 4}),
+    "normal likelihood": (GaussianVAE, {}),
     "linear decoder": (LinearSCVI, {}),
     "labels": (SCANVI, {}),
     "mixture": (GMVAE, {"n_components": 3}),
     "mixture, sampled": (GMVAE, {"n_components": 3, "bound": "sampled"}),
 }
 GENERATIVE = (
+    "z_prior",
+    "hidden",
+    "mean",
+    "log_variance",
     "decoder",
     "log_theta",
     "library_log",
@@ -64,14 +71,14 @@ def test_only_the_posterior_changes_and_the_elbo_of_the_cells_gains(kind, option
     # Of the model that was asked nothing changed, and both can be trained in full again.
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
     assert all(p.requires_grad for m in (model, refined) for p in m.module.parameters())
-    assert refined.config == refined.module.config == model.config
+    assert refined.config == getattr(refined.module, "config", model.config) == model.config
     assert refined.get_elbo(indices=cells) > model.get_elbo(indices=cells) + 0.1
     looks = refined.validation_history["elbo_validation"]
     assert looks.index[0] == 0
     assert looks.iloc[0] > looks.min()
     refined.train(1, **QUIET)
     assert any(
-        name.startswith("decoder") and not torch.equal(after[name], value)
+        name.startswith(("decoder", "mean")) and not torch.equal(after[name], value)
         for name, value in weights(refined).items()
     )
 
@@ -145,3 +152,6 @@ def test_what_cannot_be_is_refused(adata):
     autoencoder.train(1, **QUIET)
     with pytest.raises(OptionError, match="DCA has no posterior"):
         autoencoder.refine_posterior()
+    # p(z) is made of the encoder: with another encoder it would be another model.
+    with pytest.raises(OptionError, match="prior='vamp'"):
+        make(adata, prior="vamp", n_prior_components=3).refine_posterior()
