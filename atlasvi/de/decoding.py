@@ -99,7 +99,7 @@ class Decoding:
         row, pool = np.nonzero(needed)
         row_of = needed.cumsum().reshape(needed.shape) - 1
         ends = np.searchsorted(row, np.arange(m + 1))
-        n_rows = max(1, _PIECE_BYTES // (4 * self.n_vars * n_pools))
+        n_rows = max(1, _PIECE_BYTES // (4 * self.n_vars * int(needed.sum(1).max())))
         stops = [segment.stop for segment in design.segments]
         edges = np.union1d(np.arange(0, m, n_rows), stops)
         decoded = self._rho(row, pool, ends[edges])
