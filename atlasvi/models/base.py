@@ -756,7 +756,7 @@ class CountModel(Generic[Config, Module]):
 
         Example:
             >>> model.write_expression("rho.zarr", genes=["G0001"], overwrite=True)
-            >>> atlasvi.open("rho.zarr").n_vars
+            >>> open_atlas("rho.zarr").n_vars
             1
         """
         request = self._request(
