@@ -167,6 +167,7 @@ class SCANVIModule(SCVIModule):
         logits: torch.Tensor = self.classifier(z, None)
         return logits
 
+    # `prior` stays N(0, I), by which scvi-tools too weighs draws: that of (3) has no density in closed form.
     def from_prior(self, noise: Noise) -> Posterior:
         """p(z | u, y) of (3), for each of B new cells a draw of u and y."""
         y = torch.searchsorted(self.label_prior.cumsum(0)[:-1], noise.uniform(1, _LABEL))

@@ -1,11 +1,11 @@
 """What removes batches, and what it costs in labels: ``python -m benchmarks.quality.batch_options --table``.
 
-SCVI on scmixology_celllines (five plates, two protocols, five lines by genotype; the 2,000 genes that vary most) and
-on an atlas that `atlasvi.Simulation` makes: without the batch, with it as a condition, and with an adversary or an
-MMD penalty besides, each with the encoder seeing the batch or not. Scored on the latent of all cells: the entropy of
-the batches among 50 neighbours (its ceiling is that of random mixing) always beside what labels keep, k-means against
-labels (ARI) and their silhouette. Plates differ in their lines (two have three of the five), so that entropy at its
-ceiling would mean that lines are mixed.
+SCVI on scmixology_celllines (five plates, two protocols, five lines by genotype; the 2,000 genes that vary
+most) and on an atlas that `atlasvi.Simulation` makes: without the batch, with it as a condition, and with
+an adversary or an MMD penalty besides, each with the encoder seeing the batch or not. Scored on the latent
+of all cells: the entropy of the batches among 50 neighbours (its ceiling is that of random mixing) always
+beside what labels keep, k-means against labels (ARI) and their silhouette. Plates differ in their lines
+(two have three of the five), so that entropy at its ceiling would mean that lines are mixed.
 
 Each run is appended to ``batch_options.json`` beside this file as it ends; what is there is not run again.
 """
@@ -52,15 +52,12 @@ def data_sets() -> Iterator[tuple[str, anndata.AnnData]]:
     yield "scmixology_celllines", cells
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.zarr"
-        atlasvi.ingest(simulated(), path)
+        # The demo's atlas, smaller.
+        atlasvi.ingest(atlasvi.Simulation(3_000, 1_000, seed=0), path)
         cells = anndata.read_zarr(path)
+    cells = cells[~cells.obs["is_doublet"].astype(bool) & ~cells.obs["is_empty"].astype(bool)].copy()
     cells.obs["label"] = cells.obs["cell_type"].astype(str)
     yield "simulated", cells
-
-
-def simulated() -> atlasvi.Simulation:
-    """The demo's atlas, smaller."""
-    return atlasvi.Simulation(5_000, 1_000, seed=0)
 
 
 def run(cells: anndata.AnnData, uses_batch: bool, options: dict[str, Any], seed: int) -> dict[str, float]:
@@ -82,7 +79,9 @@ def run(cells: anndata.AnnData, uses_batch: bool, options: dict[str, Any], seed:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", help="one data set")
     parser.add_argument("--table", action="store_true", help="show what is there, run nothing")
@@ -116,10 +115,9 @@ def table(runs: list[dict[str, Any]]) -> str:
             of = [found for found in runs if found["data"] == name and found["option"] == option]
             if of:
                 mean = {key: np.mean([found[key] for found in of]) for key in (*SCORES, "ceiling", "elbo")}
-                lines.append(
-                    f"| {name} | {option} | {mean['entropy']:.2f} of {mean['ceiling']:.2f} | {mean['ari']:.3f} | "
-                    f"{mean['silhouette']:.3f} | {mean['elbo']:,.1f} |"
-                )
+                mixed = f"{mean['entropy']:.2f} of {mean['ceiling']:.2f}"
+                kept = f"{mean['ari']:.3f} | {mean['silhouette']:.3f} | {mean['elbo']:,.1f}"
+                lines.append(f"| {name} | {option} | {mixed} | {kept} |")
     return "\n".join(lines)
 
 
