@@ -31,8 +31,9 @@ class ShardWriter:
     def __init__(self, folder: Path, array: Any, codec: BloscCodec) -> None:
         self._folder, self._fill = folder / "c", array.fill_value
         self._chunk, self._n_chunks = array.chunks[0], array.shards[0] // array.chunks[0]
-        # Where the codec was not told the size of what it puts together, that of an entry.
-        self._unit = np.dtype(f"u{max(codec.typesize, array.dtype.itemsize)}")
+        # What is put together: entries, or more if the codec was told so and a chunk is a whole number of it.
+        entry, told = array.dtype.itemsize, codec.typesize
+        self._unit = np.dtype(f"u{told if told > entry and self._chunk * entry % told == 0 else entry}")
         self._how = codec.cname.value.encode(), codec.clevel, _SHUFFLES[codec.shuffle.value]
         self._folder.mkdir(exist_ok=True)
 

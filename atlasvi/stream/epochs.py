@@ -124,7 +124,7 @@ class Epochs:
                 "once they are read", f"{self.n_obs:,}", n_bytes / 1e6,
             )  # fmt: skip
         self.plan(0)  # which says what is wrong with the numbers
-        self._together = minibatches_together(bytes_per_row, batch_size, budget)
+        self._together = minibatches_together(bytes_per_row, batch_size, budget, is_ordered=not shuffle)
 
     @property
     def n_obs(self) -> int:

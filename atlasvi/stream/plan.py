@@ -389,12 +389,21 @@ def blocks_ahead(bytes_per_row: float, block_rows: int, workers: int, memory_bud
     return max(1, min(8 * workers, rows // block_rows))
 
 
-def minibatches_together(bytes_per_row: float, batch_size: int, memory_budget: int) -> int:
+def minibatches_together(
+    bytes_per_row: float, batch_size: int, memory_budget: int, *, is_ordered: bool = False
+) -> int:
     """Minibatches that are gathered in one go, within a sixteenth of the budget, or one.
 
     One after the other they would be mostly calls. What was gathered before may still be in use.
+
+    Args:
+        bytes_per_row: mean size of a decoded cell.
+        batch_size: cells a minibatch.
+        memory_budget: bytes for the stream.
+        is_ordered: whether cells are visited in order, for which at most 8 MiB are used.
     """
-    rows = _rows_within(bytes_per_row, memory_budget // 16)
+    budget = min(memory_budget, _ORDERED_BUDGET) if is_ordered else memory_budget
+    rows = _rows_within(bytes_per_row, budget // 16)
     return max(1, min(_MOST_TOGETHER, rows // batch_size))
 
 
