@@ -381,18 +381,18 @@ def default_sizes(
 
 
 def blocks_ahead(bytes_per_row: float, block_rows: int, workers: int, memory_budget: int) -> int:
-    """Blocks that may be read before they are needed: eight a worker, within a quarter of the budget.
+    """Blocks that may be read before they are needed: four a worker, within a quarter of the budget.
 
     Twice, since reading a block takes about as much again as the block. The order does not depend on it.
     """
     rows = _rows_within(2 * bytes_per_row, memory_budget // 4)
-    return max(1, min(8 * workers, rows // block_rows))
+    return max(1, min(4 * workers, rows // block_rows))
 
 
 def minibatches_together(
     bytes_per_row: float, batch_size: int, memory_budget: int, *, is_ordered: bool = False
 ) -> int:
-    """Minibatches that are gathered in one go, within a sixteenth of the budget, or one.
+    """Minibatches that are gathered in one go, within a thirty-second of the budget, or one.
 
     One after the other they would be mostly calls. What was gathered before may still be in use.
 
@@ -403,7 +403,7 @@ def minibatches_together(
         is_ordered: whether cells are visited in order, for which at most 8 MiB are used.
     """
     budget = min(memory_budget, _ORDERED_BUDGET) if is_ordered else memory_budget
-    rows = _rows_within(bytes_per_row, budget // 16)
+    rows = _rows_within(bytes_per_row, budget // 32)
     return max(1, min(_MOST_TOGETHER, rows // batch_size))
 
 

@@ -165,7 +165,7 @@ def test_what_is_held_and_what_is_read_ahead_stay_within_three_quarters_of_the_b
 ):
     block_rows, n_lanes = default_sizes(each, budget, is_shuffled=is_shuffled)
     ahead = blocks_ahead(each, block_rows, workers, budget)
-    assert 64 <= block_rows <= 4096 and 2 <= n_lanes <= 64 and 1 <= ahead <= 8 * workers
+    assert 64 <= block_rows <= 4096 and 2 <= n_lanes <= 64 and 1 <= ahead <= 4 * workers
     block = block_rows * each
     assert n_lanes * block <= budget / 2
     # Reading takes about as much again as what is read.
