@@ -21,6 +21,7 @@ from atlasvi.progress import Advance
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.frame import NAMES, create_array, to_strings, write_frame
+from atlasvi.store.space import naming_a_full_disk
 from atlasvi.store.tasks import run_tasks
 from atlasvi.stream import default_workers
 
@@ -194,26 +195,23 @@ def write_labels(
     found: Counter[str] = Counter()
     part = out.with_name(f".part-{out.name}")
     try:
-        for start in range(0, n_obs, NAMES):
-            cells = np.arange(start, min(start + NAMES, n_obs))
-            table = probabilities(cells)
-            best = table.to_numpy().argmax(1)
-            labels = np.asarray(table.columns, dtype=object)[best]
-            labels[table.to_numpy().max(1) < threshold] = unknown
-            found.update(labels.tolist())
-            table = table.rename(columns=lambda label: f"p({label})")
-            table.insert(0, "label", labels)
-            # Members of a gzip file may follow each other.
-            table.to_csv(
-                part, sep=separator, index_label="cell", header=start == 0, mode="a" if start else "w",
-                float_format="%.6g",
-            )  # fmt: skip
-            advance(int(cells[-1]) + 1, "")
-        os.replace(part, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SpaceError(f"no space left to write {str(out)!r}; free some and run again") from error
-        raise
+        with naming_a_full_disk(out, lambda: 0):
+            for start in range(0, n_obs, NAMES):
+                cells = np.arange(start, min(start + NAMES, n_obs))
+                table = probabilities(cells)
+                best = table.to_numpy().argmax(1)
+                labels = np.asarray(table.columns, dtype=object)[best]
+                labels[table.to_numpy().max(1) < threshold] = unknown
+                found.update(labels.tolist())
+                table = table.rename(columns=lambda label: f"p({label})")
+                table.insert(0, "label", labels)
+                # Members of a gzip file may follow each other.
+                table.to_csv(
+                    part, sep=separator, index_label="cell", header=start == 0, mode="a" if start else "w",
+                    float_format="%.6g",
+                )  # fmt: skip
+                advance(int(cells[-1]) + 1, "")
+            os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
     return found

@@ -1,6 +1,5 @@
 """Two worker processes encode, normalise and add up as this process does; the model travels to each once."""
 
-import logging
 import pickle
 
 import anndata
@@ -15,17 +14,6 @@ from atlasvi.models.compact import open_compact, publish
 from tests.conftest import make_adata
 
 distributed = pytest.importorskip("distributed")
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL
-        ) as cluster,
-        distributed.Client(cluster) as connected,
-    ):
-        yield connected
 
 
 @pytest.fixture(scope="module")

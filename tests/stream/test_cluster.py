@@ -41,17 +41,6 @@ def quiet():
     logger.setLevel(level)
 
 
-@pytest.fixture(scope="module")
-def client():
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL
-        ) as cluster,
-        distributed.Client(cluster) as connected,
-    ):
-        yield connected
-
-
 def write_store(path, seed=0, n_obs=N_OBS, genes=N_VARS, append=False):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.gamma(0.5, 2.0, (n_obs, genes))).astype(np.float32)
