@@ -1,0 +1,97 @@
+"""Fits that several experiments look at: one a data set, seed and method, kept as a file and made once.
+
+Each library fits in a process of its own, under the Python of its own environment, by a file of
+`benchmarks.paper.sides` that is given a `Job` and writes arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# From a method to the side that fits it. A peer's column holds the peer's own code, never ours.
+SIDES = {
+    "atlasvi": "atlasvi",
+    "scvi-tools": "scvi_tools",
+    "PCA": "classic",
+    "FA": "classic",
+    "Harmony": "classic",
+    "ComBat": "classic",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a side is asked for.
+
+    Args:
+        method: which of the side's methods.
+        data: name of a set of `benchmarks.paper.data`.
+        seed: of the split and of training.
+        n_genes: the most variable ones, or ``None`` for all.
+        n_latent: dimensions.
+        options: of the method.
+    """
+
+    method: str
+    data: str
+    seed: int = 0
+    n_genes: int | None = None
+    n_latent: int = 10
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        more = [f"{k}={v}" for k, v in sorted(self.options.items())]
+        genes = [] if self.n_genes is None else [f"{self.n_genes}genes"]
+        latent = [] if self.n_latent == 10 else [f"{self.n_latent}latent"]
+        return "-".join([self.data, self.method, *genes, *latent, *more, str(self.seed)]).replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Pythons:
+    """The interpreter of each side; a side that has none is not run, and said so.
+
+    Args:
+        scvi_tools: of an environment made by ``benchmarks/peers/scvi_tools_env.sh``.
+        classic: of one made by ``benchmarks/peers/classic_env.sh``.
+    """
+
+    scvi_tools: str | None = None
+    classic: str | None = None
+
+    def of(self, side: str) -> str | None:
+        """The interpreter, or ``None``."""
+        found: str | None = sys.executable if side == "atlasvi" else getattr(self, side)
+        return found
+
+
+def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:
+    """The arrays of a fit: made, if they are not in ``work`` yet; ``None`` if its peer has no environment.
+
+    Returns:
+        ``latent`` (n_obs, n_latent) of all cells and, as scalars, what the method can say of the test cells
+        in nats a cell: ``elbo``, ``marginal`` (importance sampling), ``log_likelihood`` (exact); ``seconds``
+        of training; ``versions`` as JSON text.
+    """
+    side = SIDES[job.method]
+    path = work / f"{job.name}.npz"
+    if not path.is_file():
+        python = pythons.of(side)
+        if python is None:
+            return None
+        work.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [python, "-W", "ignore", "-m", f"benchmarks.paper.sides.{side}", json.dumps(asdict(job)), path],
+            check=True,
+        )
+    with np.load(path) as arrays:
+        return dict(arrays)

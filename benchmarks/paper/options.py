@@ -1,0 +1,32 @@
+"""What every experiment is told on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.paper.fits import Pythons
+from benchmarks.paper.record import RESULTS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of one call.
+
+    Args:
+        seeds: how many, from 0.
+        data: names of sets, or none for the experiment's own.
+        methods: names, or none for the experiment's own.
+        quick: atlasvi alone, on little data, into a folder of its own: what the tests run.
+        work: folder of fits, which are made once.
+        results: folder of the JSON files.
+        pythons: interpreters of the peers.
+    """
+
+    seeds: int = 5
+    data: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    quick: bool = False
+    work: Path = Path(".paper")
+    results: Path = RESULTS
+    pythons: Pythons = Pythons()
