@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.paper.fits import Pythons
@@ -29,4 +29,4 @@ class Options:
     quick: bool = False
     work: Path = Path(".paper")
     results: Path = RESULTS
-    pythons: Pythons = Pythons()
+    pythons: Pythons = field(default_factory=Pythons)

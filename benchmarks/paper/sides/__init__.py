@@ -1,1 +1,1 @@
-"""One file a library: ``python -m benchmarks.paper.sides.LIBRARY JOB OUT.npz``, in that library's environment."""
+"""One file a library: ``python -m benchmarks.paper.sides.LIBRARY JOB OUT.npz``, in its own environment."""

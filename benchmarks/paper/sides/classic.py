@@ -1,4 +1,4 @@
-"""Linear methods of scikit-learn and scanpy on log(1 + counts to the median depth), in an environment of theirs."""
+"""Linear methods of scikit-learn and scanpy on log(1 + counts to the median depth)."""
 
 from __future__ import annotations
 
