@@ -68,9 +68,13 @@ class Decoding:
 
     def __init__(self, module: torch.nn.Module, request: Request, source: Source, n_vars: int) -> None:
         self._module: Any = module
-        self._request, self._source = request, source
+        self._request, self._source, self._n_vars = request, source, n_vars
         self.n_out = n_vars if request.genes is None else len(request.genes)
         self._head = softmax_linear(module, request.precision, request.genes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the weights as they are laid out for this machine."""
+        return Decoding, (self._module, self._request, self._source, self._n_vars)
 
     @torch.no_grad()
     def __call__(self, block: EncodedBlock, out: NDArray[np.float32]) -> None:
@@ -218,25 +222,45 @@ def lazy(
     import dask.array as da
 
     lead = () if n_layers is None else (n_layers,)
-
-    def block(block_info: Any) -> NDArray[np.float32]:
-        start, stop = block_info[None]["array-location"][len(lead)]
-        found = np.empty((*lead, stop - start, n_out), np.float32)
-        for a in range(start, stop, rows_per_piece):
-            b = min(a + rows_per_piece, stop)
-            answer(source.read(a, b, device), found[..., a - start : b - start, :])
-        return found
-
-    n_obs = source.n_obs
-    sizes = [min(rows_per_chunk, n_obs - start) for start in range(0, n_obs, rows_per_chunk)] or [0]
-    found: da.Array = da.map_blocks(
-        block,
-        chunks=(*((n,) for n in lead), tuple(sizes), (n_out,)),
+    starts = range(0, max(source.n_obs, 1), rows_per_chunk)
+    bounds = [(start, min(start + rows_per_chunk, source.n_obs)) for start in starts]
+    name = f"decode-{np.random.default_rng().integers(1 << 62):x}"
+    # The model is a node of the graph, which tasks name: on a cluster it travels once to a worker, not with
+    # every chunk.
+    graph: dict[Any, Any] = {f"{name}-by": _Chunks(answer, source, device, lead, n_out, rows_per_piece)}
+    for i, (start, stop) in enumerate(bounds):
+        graph[name, *(0 for _ in lead), i, 0] = (_make_chunk, f"{name}-by", start, stop)
+    return da.Array(
+        graph,
+        name,
+        chunks=(*((n,) for n in lead), tuple(stop - start for start, stop in bounds), (n_out,)),
         dtype=np.float32,
         meta=np.empty((0,) * (2 + len(lead)), np.float32),
-        name=f"decode-{np.random.default_rng().integers(1 << 62):x}",
     )
-    return found
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Makes chunks; arguments as `lazy`, ``lead`` is the first axis if there is one."""
+
+    answer: Answer
+    source: Source
+    device: torch.device
+    lead: tuple[int, ...]
+    n_out: int
+    rows_per_piece: int
+
+    def make(self, start: int, stop: int) -> NDArray[np.float32]:
+        found = np.empty((*self.lead, stop - start, self.n_out), np.float32)
+        for a in range(start, stop, self.rows_per_piece):
+            b = min(a + self.rows_per_piece, stop)
+            self.answer(self.source.read(a, b, self.device), found[..., a - start : b - start, :])
+        return found
+
+
+def _make_chunk(chunks: _Chunks, start: int, stop: int) -> NDArray[np.float32]:
+    """The task."""
+    return chunks.make(start, stop)
 
 
 def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from atlasvi.errors import ModelError
+from atlasvi.store.atlas import Atlas
 from atlasvi.store.fields import Codes
-from atlasvi.stream import pack_uncounted
+from atlasvi.stream import pack, pack_uncounted
 from atlasvi.types import Decodes, Encodes, InfersLibrary, Minibatch, Noise, Posterior
 
 # Noise streams of the draws of z and of l; models use the same for theirs, at training steps of another seed.
@@ -85,6 +86,26 @@ class Source(Protocol):
     def log_normaliser(self, key: Key) -> NDArray[np.float32] | None:
         """``(N,)`` normalisers by the positions of blocks, NaN where not known; ``None``: none kept."""
         ...
+
+
+@dataclass(frozen=True)
+class ReadCounts:
+    """Reads cells of an atlas.
+
+    Args:
+        view: of the model's genes.
+        codes: of its cells.
+        positions: ``(n,)`` int64, the cells wanted; all when ``None``.
+    """
+
+    view: Atlas
+    codes: Codes
+    positions: NDArray[np.int64] | None = None
+
+    def __call__(self, start: int, stop: int) -> Minibatch:
+        """The cells ``start`` to ``stop`` of those wanted."""
+        chosen = np.arange(start, stop) if self.positions is None else self.positions[start:stop]
+        return pack(self.view.read_rows(chosen), chosen, self.codes, self.view.numbers_of(chosen))
 
 
 @dataclass(frozen=True)
@@ -299,6 +320,7 @@ __all__ = [
     "EncodedBlock",
     "FromCounts",
     "Key",
+    "ReadCounts",
     "Selected",
     "Source",
     "encode_block",

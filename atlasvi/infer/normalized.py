@@ -97,7 +97,7 @@ def normalized_expression(
     rows: Any = slice(None)
     with bar("decode", n_rows, "cells", enabled=not silent) as advance:
         if n_samples_overall is None:
-            values = lazy_expression(module, source, n_vars, request).compute()
+            values = lazy_expression(module, source, n_vars, request).compute(scheduler="threads")
             if n_layers == 1:
                 values = values.reshape(n_rows, len(genes))
         else:

@@ -291,7 +291,7 @@ def computed_parameters(found: dict[str, da.Array]) -> dict[str, NDArray[np.floa
 
     shape = (len(found), *found["mean"].shape)
     refuse_large(shape, "parameters", "ask for fewer with indices= or gene_list=, or for lazy=True")
-    (values,) = dask.compute(found)  # type: ignore[attr-defined]
+    (values,) = dask.compute(found, scheduler="threads")  # type: ignore[attr-defined]
     return dict(values)
 
 

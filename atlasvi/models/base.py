@@ -27,7 +27,7 @@ from atlasvi.infer.correlation import correlation_matrix
 from atlasvi.infer.decode import Request, lazy_expression
 from atlasvi.infer.dropout import technical_zeros
 from atlasvi.infer.elbo import elbo_blocks
-from atlasvi.infer.encoded import Encoded, FromCounts, Selected, Source, encode_cells
+from atlasvi.infer.encoded import Encoded, FromCounts, ReadCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
 from atlasvi.infer.on_cluster import decode_on, encode_on, located
@@ -72,7 +72,7 @@ from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, level_codes, register, resolve, uns_entry
 from atlasvi.store.ingest import ingest
-from atlasvi.stream import Epochs, pack
+from atlasvi.stream import Epochs
 from atlasvi.train.checkpoint import batch_size_of
 from atlasvi.train.estimate import DEFAULT_BATCH_SIZE, batch_size_that_fits, looks_at_once, shape_of
 from atlasvi.train.fit import Checkpoints, Listeners, fit
@@ -1626,11 +1626,7 @@ class CountModel(Generic[Config, Module]):
             return Selected(data, at), lambda: data.read_names(0, len(data))[at]
         atlas, codes = self._data(data)
         positions = None if cells is None else cell_positions(cells, atlas.n_obs)
-        view = atlas[:, codes.gene_columns]
-
-        def read(start: int, stop: int) -> Minibatch:
-            chosen = np.arange(start, stop) if positions is None else positions[start:stop]
-            return pack(view.read_rows(chosen), chosen, codes, atlas.numbers_of(chosen))
+        read = ReadCounts(atlas[:, codes.gene_columns], codes, positions)
 
         def names() -> NDArray[Any]:
             return atlas.obs_names if positions is None else atlas.obs_names[positions]

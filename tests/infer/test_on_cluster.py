@@ -1,6 +1,7 @@
 """Two worker processes encode, normalise and add up as this process does; the model travels to each once."""
 
 import pickle
+import time
 
 import anndata
 import numpy as np
@@ -64,6 +65,10 @@ def test_the_model_is_sent_to_each_worker_once(client, model, monkeypatch):
     monkeypatch.setattr(distributed.Client, "submit", small)
     model.encode(client=client)
     assert len(sent) == 1
+    # The scheduler hears from each worker in its own time.
+    until = time.monotonic() + 20
+    while len(client.who_has(sent[0])[sent[0].key]) < len(client.nthreads()) and time.monotonic() < until:
+        time.sleep(0.05)
     assert len(client.who_has(sent[0])[sent[0].key]) == len(client.nthreads())
 
 
@@ -118,3 +123,37 @@ def test_counts_in_memory_are_refused(client):
         model.encode(client=client)
     with pytest.raises(OptionError, match="client='tcp:"):
         model.encode(client="tcp://127.0.0.1:8786")
+
+
+def test_a_lazy_array_is_computed_where_dask_computes(client, model, monkeypatch):
+    monkeypatch.setattr("atlasvi.infer.decode.CHUNK_BYTES", 100 * 40 * 4)
+    for rho in (
+        model.expression(),
+        model.expression(model.encode(), genes=["gene-3", "gene-1"], n_samples=2),
+        model.denoised_counts(cells=np.arange(300, 100, -1)),
+        model.technical_zeros(),
+    ):
+        np.testing.assert_allclose(rho.compute(), rho.compute(scheduler="threads"), rtol=1e-5)
+    assert len(model.expression().chunks[0]) > 5
+
+
+def test_the_model_is_no_part_of_the_tasks_of_a_lazy_array(model):
+    graph = dict(model.expression().__dask_graph__())
+    (node,) = (value for key, value in graph.items() if isinstance(key, str))
+    tasks = [value for key, value in graph.items() if not isinstance(key, str)]
+    assert max(len(pickle.dumps(task)) for task in tasks) < 500 < len(pickle.dumps(node)) / 20
+
+
+def test_what_is_computed_here_does_not_go_to_a_cluster_that_is_open(client):
+    model = atlasvi.SCVI(prepared(make_adata(60, 12)), n_latent=2, n_hidden=8)
+    model.train(1, enable_progress_bar=False)
+    assert model.get_normalized_expression(return_numpy=True).shape == (60, 12)
+    assert model.get_likelihood_parameters()["mean"].shape == (60, 12)
+    with pytest.raises(OptionError, match=r"atlasvi\.ingest"):
+        pickle.dumps(dict(model.expression().__dask_graph__()))
+    assert model.expression().compute(scheduler="threads").shape == (60, 12)
+
+
+def prepared(adata):
+    atlasvi.SCVI.setup_anndata(adata, gene_mask=None)
+    return adata
