@@ -12,12 +12,12 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from atlasvi_kernels import CSR
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from atlasvi.store.atlas import Atlas
 
 T = TypeVar("T")
+# A CSR block as it travels: row pointers, columns, counts and the number of genes.
+Arrays: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]
 
 _MAX_OPEN = 64
 _opened: dict[Place, tuple[object, Source]] = {}
@@ -203,10 +205,10 @@ def narrow(values: NDArray[np.int64]) -> NDArray[Any]:
 # --- on a worker ------------------------------------------------------------------------------------
 
 
-def read_block(block: Block) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
-    """The task of a stream: arrays, which Dask sends as they lie in memory, and the number of genes."""
-    counts = block.read()
-    return *counts.numpy(), counts.n_vars
+def read_blocks(blocks: Sequence[Block]) -> list[Arrays]:
+    """The task of a stream: of each block arrays, which Dask sends as they lie in memory."""
+    found = [block.read() for block in blocks]
+    return [(*counts.numpy(), counts.n_vars) for counts in found]
 
 
 def with_source(place: Place, function: Callable[..., T], *args: Any) -> T:
@@ -318,6 +320,7 @@ async def _fetch(client: distributed.Client, task: distributed.Future[T]) -> T:
 
 
 __all__ = [
+    "Arrays",
     "Block",
     "Piece",
     "Place",
@@ -326,7 +329,7 @@ __all__ = [
     "in_order",
     "locate",
     "narrow",
-    "read_block",
+    "read_blocks",
     "send_to_all",
     "with_source",
 ]

@@ -25,7 +25,7 @@ from atlasvi.stream.plan import (
     ordered_rows,
     plan_epoch,
 )
-from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on
+from atlasvi.stream.read import ReadBlock, count_workers, read_units, read_units_on, units_a_task
 from atlasvi.types import Minibatch
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class Epochs:
             self._block_rows, self._n_lanes = default_sizes(
                 bytes_per_row, budget, self.n_obs, is_shuffled=atlas.lies_at_random(self._at)
             )
-            self._ahead = blocks_ahead(bytes_per_row, self._block_rows, self._workers, budget)
+            # A task of a cluster is some blocks.
+            at_once = 1 if client is None else units_a_task(self._block_rows)
+            self._ahead = blocks_ahead(bytes_per_row, self._block_rows, at_once * self._workers, budget)
         else:
             self._block_rows, self._n_lanes = ordered_rows(bytes_per_row, self._workers, budget), 1
             self._ahead = max(1, 2 * self._workers)

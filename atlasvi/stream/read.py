@@ -89,7 +89,8 @@ def read_units_on(
 ) -> Generator[CSR]:
     """The units in the order given, as `read_units`, read by the workers of a cluster.
 
-    A task is a unit. It is told the path of the store and the rows of the unit, and gives compact arrays.
+    A task is some units, thousands of rows, or scheduling would take longer than reading. It is told the path
+    of the store and the rows of each unit, and gives compact arrays.
     When the consumer stops, the tasks that were submitted are given up; a worker that dies costs nothing, as
     Dask gives its tasks to another.
 
@@ -111,17 +112,29 @@ def read_units_on(
             return np.arange(unit.start, unit.stop)
         return positions[unit.start : unit.stop].astype(np.int64)
 
-    calls = ((cluster.locate(atlas, rows(unit)),) for unit in units)
-    arrays = cluster.in_order(client, cluster.read_block, calls, ahead=ahead)
-    return _as_csr(arrays)
+    # Whatever the size of a task, there is one for each worker.
+    at_once = max(1, min(units_a_task(_largest(units)), ahead // cluster.count_readers(client)))
+    parts = (units[first : first + at_once] for first in range(0, len(units), at_once))
+    calls = (([cluster.locate(atlas, rows(unit)) for unit in part],) for part in parts)
+    return _as_csr(cluster.in_order(client, cluster.read_blocks, calls, ahead=ahead // at_once))
 
 
-def _as_csr(blocks: Generator[tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]]) -> Generator[CSR]:
-    with closing(blocks):
-        for arrays in blocks:
-            yield CSR.from_numpy(*arrays)
-            # Else it is kept alive while the next one is waited for.
-            del arrays
+def _as_csr(tasks: Generator[list[cluster.Arrays]]) -> Generator[CSR]:
+    with closing(tasks):
+        for found in tasks:
+            # Nothing is kept alive while the next one is waited for.
+            found.reverse()
+            while found:
+                yield CSR.from_numpy(*found.pop())
+
+
+def units_a_task(rows: int) -> int:
+    """Units of so many rows that one task of Dask reads."""
+    return -(-_TASK_ROWS // rows)
+
+
+def _largest(units: list[Unit]) -> int:
+    return max((unit.stop - unit.start for unit in units), default=1)
 
 
 def _read_ahead(read: ReadBlock, units: list[Unit], num_workers: int, ahead: int) -> Generator[CSR]:
@@ -256,8 +269,7 @@ class _Readers(Executor):
 
 def _schedule(window: _Window, units: list[Unit], num_workers: int, pool: Executor) -> None:
     """The body of the thread that runs Dask: a task for some units, thousands of rows."""
-    rows = max((unit.stop - unit.start for unit in units), default=1)
-    at_once = min(-(-_TASK_ROWS // rows), max(1, -(-len(units) // num_workers)))
+    at_once = min(units_a_task(_largest(units)), max(1, -(-len(units) // num_workers)))
 
     def read_some() -> None:
         for _ in range(at_once):

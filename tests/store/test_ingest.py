@@ -244,7 +244,7 @@ def test_dense_cells_may_be_more_than_was_expected(tmp_path, monkeypatch, budget
     assert_same_counts(anndata.read_zarr(tmp_path / "a.zarr"), adata)
 
 
-@pytest.mark.parametrize("budget", [0, "much", "-1GB"])
+@pytest.mark.parametrize("budget", [0, "much", "-1GB", "", "GB"])
 def test_a_budget_that_cannot_be(tmp_path, budget):
     with pytest.raises(OptionError, match=r"memory_budget=.* cannot be: give bytes"):
         ingest(make(), tmp_path / "a.zarr", memory_budget=budget)

@@ -393,17 +393,40 @@ def test_distributed_that_is_not_installed_is_named(monkeypatch):
 # --- last, since the worker that takes its place would import everything anew ---------------------------
 
 
-def test_a_killed_worker_costs_no_cell(client, places):
+def test_a_killed_worker_costs_no_cell(client, places, monkeypatch):
     atlas = places["store"]
     asked = {"batch_size": 64, "seed": 1, "memory_budget": 1 << 17}
     before = client.run(os.getpid)
-    got = []
+    got, submitted, submit = [], [], distributed.Client.submit
+    monkeypatch.setattr(
+        distributed.Client,
+        "submit",
+        lambda self, *call, **how: submitted.append(1) or submit(self, *call, **how),
+    )
     for k, (counts, rows) in enumerate(atlas.stream(**asked, client=client)):
         if k == 5:
             os.kill(next(iter(before.values())), signal.SIGKILL)
-            assert n_tasks(client) > 0
+            n_before = len(submitted)
         got.append((counts, rows))
+    assert len(submitted) > n_before + 10
     assert digest_of_stream(got) == digest_of_stream(atlas.stream(**asked, num_workers=0))
     np.testing.assert_array_equal(np.sort(np.concatenate([rows for _, rows in got])), np.arange(N_OBS))
     client.wait_for_workers(2)
     assert set(client.run(os.getpid).values()) != set(before.values())
+
+
+@pytest.mark.parametrize(("block_rows", "ahead", "at_once"), [(20, 16, 8), (20, 3, 1), (4096, 16, 1)])
+def test_a_task_is_thousands_of_rows_and_there_is_one_for_each_worker(
+    client, places, monkeypatch, block_rows, ahead, at_once
+):
+    tasks, submit = [], distributed.Client.submit
+
+    def counted(self, function, blocks, **how):
+        tasks.append(len(blocks))
+        return submit(self, function, blocks, **how)
+
+    monkeypatch.setattr(distributed.Client, "submit", counted)
+    units = units_of(N_OBS, block_rows=block_rows)
+    there = read_units_on(client, places["store"], None, units, ahead=ahead)
+    assert [block.shape[0] for block in there] == [unit.stop - unit.start for unit in units]
+    assert sum(tasks) == len(units) and max(tasks) == at_once
