@@ -17,9 +17,11 @@ import pytest
 import scipy.sparse as sp
 
 import atlasvi
+from atlasvi.models.base import CountModel
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 _BLOCK = re.compile(r"(?:<!-- skip: (?P<reason>[^\n]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -86,7 +88,28 @@ def test_links_lead_to_files():
 
 def test_the_site_has_every_page():
     listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
-    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+def referenced() -> list[str]:
+    """Dotted names that the reference documents, in order, each as often as it stands there."""
+    return [name for page in sorted((DOCS / "api").glob("*.md"))
+            for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]  # fmt: skip
+
+
+def test_the_reference_has_every_public_name_once():
+    there = referenced()
+    public = [
+        f"{package.__name__}.{name}" for package in (atlasvi, atlasvi_kernels) for name in package.__all__
+    ]
+    methods = [f"{CountModel.__module__}.CountModel.{name}" for name in vars(CountModel)
+               if not name.startswith("_") and name not in CountModel.__annotations__]  # fmt: skip
+    assert {name: there.count(name) for name in [*public, *methods]} == dict.fromkeys([*public, *methods], 1)
+
+
+@pytest.mark.parametrize("name", referenced())
+def test_what_the_reference_names_is_there(name):
+    assert pkgutil.resolve_name(name) is not None
 
 
 def test_commands_of_the_pages_exist(monkeypatch):
