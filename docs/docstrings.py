@@ -1,4 +1,4 @@
-"""How mkdocstrings reads our docstrings: their sections, and links where backticks name what is documented."""
+"""How mkdocstrings reads our docstrings: sections, and links where backticks name what is documented."""
 
 import re
 

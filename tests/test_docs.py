@@ -18,19 +18,11 @@ import scipy.sparse as sp
 
 import atlasvi
 from atlasvi.models.base import CountModel
+from tests import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-_BLOCK = re.compile(r"(?:<!-- skip: (?P<reason>[^\n]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
-
-
-def blocks(page: Path) -> list[tuple[int, str]]:
-    """Line and text of each Python block that is to be run; one is left out only with a reason."""
-    text = page.read_text()
-    found = [(text[: m.start("code")].count("\n") + 1, m) for m in _BLOCK.finditer(text)]
-    assert len(found) == text.count("\n```python\n"), "a block is not closed"
-    return [(line, m["code"]) for line, m in found if m["reason"] is None]
 
 
 def simulated(var_names: list[str]) -> anndata.AnnData:
@@ -65,18 +57,21 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if pages.blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 @pytest.mark.filterwarnings("default")  # a page may show what warns
-def test_the_blocks_of_a_page_run(page, trained, tmp_path, monkeypatch, capsys):
+def test_the_blocks_of_a_page_run(page, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pbmc.h5ad").write_bytes((trained / "pbmc.h5ad").read_bytes())
     if page.name != "README.md":  # which makes them itself
         for name in ("pbmc.zarr", "pbmc.model"):
             (tmp_path / name).symlink_to(trained / name)
-    # As the main module would be: dataclasses look their module up by name.
-    namespace = {"__name__": "__main__"}
-    for line, code in blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
+    for block, printed in pages.run(page):
+        if block.said is not None:
+            assert pages.form(printed) == pages.form(block.said)
+    for name in pages.pictures(page):
+        assert (tmp_path / name).is_file()
 
 
 def test_links_lead_to_files():
