@@ -86,6 +86,15 @@ def test_the_site_has_every_page():
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
+def test_the_tables_of_the_performance_page_stand_on_the_pages_that_it_links_to():
+    text = (DOCS / "performance.md").read_text()
+    linked = set(re.findall(r"\]\((\S+?\.md)", text))
+    there = {line for name in linked for line in (DOCS / name).read_text().splitlines()}
+    rows = [line for line in text.splitlines() if line.startswith("|") and set(line) - set("|-: ")]
+    assert rows
+    assert [row for row in rows if row not in there] == []
+
+
 def referenced() -> list[str]:
     """Dotted names that the reference documents, in order, each as often as it stands there."""
     return [name for page in sorted((DOCS / "api").glob("*.md"))
