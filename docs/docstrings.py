@@ -1,14 +1,29 @@
-"""How mkdocstrings reads our docstrings: sections, and links where backticks name what is documented."""
+"""How mkdocstrings finds and reads our docstrings. It imports nothing, so a build needs no torch."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 
+_FOLDER = tempfile.TemporaryDirectory()  # until the build ends
 _NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)")
 
 
+@event_priority(100)  # before mkdocstrings reads its configuration
+def on_config(config: MkDocsConfig) -> None:
+    """Let `atlasvi_kernels` be found, whose folder has another name."""
+    root = Path(config.config_file_path).parent
+    kernels = Path(_FOLDER.name) / "atlasvi_kernels"
+    if not kernels.exists():  # `mkdocs serve` comes here after every change
+        kernels.symlink_to(root / "kernels")
+    config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(root), _FOLDER.name]
+
+
 class Docstrings(griffe.Extension):
-    """Lets ``Example:`` be a section, ``::`` before a block be Markdown, and `Names` be links."""
+    """Makes ``Example:`` a section, ``::`` Markdown, and a `name` that is documented a link."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
