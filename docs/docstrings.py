@@ -32,6 +32,7 @@ class Docstrings(griffe.Extension):
         text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
         text = re.sub(r"^::$", "", text, flags=re.M)
         text = re.sub(r"::$", ":", text, flags=re.M)
+        text = re.sub(r"at the head of\s+this file", "[below][equations-of-the-models]", text)
         parts = re.split(r"(^Examples:$)", text, maxsplit=1, flags=re.M)
         parts[0] = _NAME.sub(lambda found: _link(obj, found[1]), parts[0])
         obj.docstring.value = "".join(parts)
