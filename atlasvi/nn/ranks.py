@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,10 +49,22 @@ def summed(value: torch.Tensor) -> torch.Tensor:
     """The sum over processes, differentiable: the gradient is summed over processes likewise."""
     if world_size() == 1:
         return value
-    from torch.distributed.nn.functional import all_reduce
-
-    total: torch.Tensor = all_reduce(value)
+    total: torch.Tensor = _Sum.apply(value)
     return total
+
+
+class _Sum(torch.autograd.Function):
+    """`summed`: every process adds to the loss what depends on the sum, so gradients are summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        return _Sum.forward(ctx, upstream[0])
 
 
 def sum_in_place(tensors: Sequence[torch.Tensor]) -> None:
