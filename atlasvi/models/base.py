@@ -524,7 +524,7 @@ class CountModel(Generic[Config, Module]):
         return self._split_part(1)
 
     def was_trained_on(self, adata: Data | None = None) -> bool | None:
-        """Whether these are the cells that the model was trained on, in their order, so that the split is theirs.
+        """Whether these are the cells that the model was trained on, in their order.
 
         By their number, the genes' names, and the counts of a few dozen cells; the rest is not read.
 
