@@ -110,7 +110,7 @@ def predictive(
     """Counts drawn from the model beside the counts, of all these cells and of each batch; and its tables."""
     module = model.module
     if not isinstance(module, GeneratesCounts):
-        reason = f"{type(model).__name__} has no distribution of counts to draw from"
+        reason = f"{type(model).__name__} offers no draws of counts"
         return NotApplicable("predictive checks", reason)
     levels = ("0",) if batch is None else batch.levels
     groups = np.zeros(len(cells.positions), np.int64) if batch is None else batch.codes[cells.positions]
@@ -250,13 +250,13 @@ def latents(
     latent = _latent(model, sample)
     batches, types, missing = _to_measure(sample, batch, labels)
     n_dims = min(latent.shape[1], model.fields.n_vars)
-    # scores stay on one thread: sums of several come in any order, which k-means would carry on.
+    # On one thread: sums of several come in any order, which k-means would carry on.
     with _one_thread():
         pca = metrics.pca_latent(lambda: [sample.counts], n_components=n_dims, seed=seed).latent
         n_neighbors = min(_NEIGHBORS, len(latent) - 1)
         scores = tuple(
             _score(of, values, batches, types, n_neighbors, seed)
-            for of, values in ((name, latent), ("PCA", pca))
+            for of, values in ((name, latent), ("PCA baseline", pca))
         )
         view = _view(latent, sample, batches, labels, seed) if picture else None
     found = Latents(

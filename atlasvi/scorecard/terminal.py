@@ -17,7 +17,11 @@ def table(card: Scorecard) -> Table:
     from rich.table import Table
 
     shown = Table(
-        box=None, padding=(0, 2, 0, 0), title_justify="left", title=f"{card.model} on {escape(card.atlas)}"
+        show_header=False,
+        box=None,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+        title=f"{card.model} on {escape(card.atlas)}",
     )
     shown.add_column("", style="dim")
     shown.add_column("", justify="right")
