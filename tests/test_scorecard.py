@@ -336,7 +336,7 @@ def leaves(value, path=()):
         yield path, value
 
 
-@pytest.mark.parametrize("at_once", [7, 100, 5000])
+@pytest.mark.parametrize("at_once", [64, 5000])
 def test_nothing_depends_on_how_many_cells_are_taken_at_once(model, card, monkeypatch, at_once):
     from atlasvi.scorecard import making
 
@@ -404,7 +404,8 @@ def test_the_hash_of_the_counts_is_of_what_is_counted_and_not_of_how_it_is_store
     expected = card.provenance.counts_sha256
 
     def of(adata):
-        return atlasvi.evaluate(model, adata, **LITTLE).provenance.counts_sha256
+        few = {**LITTLE, "n_splits": 1, "n_cells": 60, "n_held_out": 5}
+        return atlasvi.evaluate(model, adata, **few).provenance.counts_sha256
 
     adata = make_adata(400, 60, SEED)
     assert of(adata) == expected and of(adata[:, ::-1].copy()) == expected

@@ -301,6 +301,7 @@ class Scorecard:
         pictures: for the page; not in the JSON, and of no account when two are compared.
 
     Example:
+        >>> import atlasvi
         >>> card = atlasvi.evaluate(model, label_key="cell_type", n_splits=1, picture=False)
         >>> Scorecard.from_json(card.to_json()) == card
         True
@@ -361,7 +362,8 @@ class Scorecard:
             OptionError: a name that is neither.
 
         Example:
-            >>> card = atlasvi.evaluate(model, n_splits=1, picture=False)
+            >>> import atlasvi
+        >>> card = atlasvi.evaluate(model, n_splits=1, picture=False)
             >>> card.write("card", overwrite=True)
             >>> sorted(path.name for path in Path("card").iterdir())
             ['scorecard.html', 'scorecard.json']
