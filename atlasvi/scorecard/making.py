@@ -185,7 +185,7 @@ def evaluate(
             versions=dict(package_versions("atlasvi", "torch", "numpy", "scikit-learn")),
             options=options,
         ),
-        pictures=replace(pictures, embedding=view),
+        pictures=replace(pictures, embedding=view and replace(view, n_total=data.n_obs)),
     )
 
 
