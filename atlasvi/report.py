@@ -425,8 +425,10 @@ def _classes(column: pd.Categorical, *, second: bool = False) -> tuple[NDArray[A
     return np.asarray(column.codes), names, plots.palette(names, grey=("empty", "unknown"), second=second)
 
 
-def latent_section(embedding: Embedding | None) -> str:
-    """The latent in two dimensions, by type and by batch; nothing where there is none."""
+def latent_section(
+    embedding: Embedding | None, type_name: str = "cell type", batch_name: str = "batch"
+) -> str:
+    """The latent in two dimensions, by type and by batch if there is more than one; "" without one."""
     if embedding is None:
         return ""
     by_type, by_batch = _views(embedding)
@@ -434,9 +436,10 @@ def latent_section(embedding: Embedding | None) -> str:
     if embedding.types is not None:
         _, names, colours = _classes(embedding.types)
         key = plots.legend(names, colours, plots.marks(names, 500))
-        parts.append(f"<div><h3>By cell type</h3>{by_type}{key}</div>")
+        parts.append(f"<div><h3>By {escape(type_name)}</h3>{by_type}{key}</div>")
     _, names, colours = _classes(embedding.batches, second=True)
-    parts.append(f"<div><h3>By batch</h3>{by_batch}{plots.legend(names, colours)}</div>")
+    if len(names) > 1 or not parts:
+        parts.append(f"<div><h3>By {escape(batch_name)}</h3>{by_batch}{plots.legend(names, colours)}</div>")
     n = len(embedding.xy)
     cells = f"All {n:,} cells" if n == embedding.n_total else f"{n:,} of {embedding.n_total:,} cells"
     caption = (

@@ -525,6 +525,7 @@ def test_the_page_says_what_the_card_says(pictured):
     for words in (
         "SCVI on AnnData", "Held-out likelihood", f"{pictured.likelihood.elbo:,.1f}".replace("-", "−"),
         f"{pictured.likelihood.zero_share:.1%} of these counts are zero", "for looking and not for measuring",
+        "By cell_type", "By donor<b>", "60 of 400 cells",
         "PCA baseline", f"{pictured.latents.scores[0].ari:.3f}", "d0&", "donor<b>", "Genes farthest off",
         pictured.predictive.farthest[0].gene, "called beyond 3", "Genes called, worst split",
         pictured.provenance.weights_sha256, pictured.provenance.counts_sha256, torch.__version__,
@@ -544,6 +545,17 @@ def test_the_page_stands_alone_and_is_accessible(pictured):
     assert headers and all(a["scope"] in ("row", "col") for a in headers)
     assert [tag for tag, _ in found.tags].count("caption") == [tag for tag, _ in found.tags].count("table")
     assert pictured.to_html() == html
+
+
+def test_one_batch_is_no_picture_of_its_own():
+    adata = make_adata(100, 30)
+    model = trained(atlasvi.PCA, adata, {"batch_key": None}, n_latent=3)
+    found = atlasvi.evaluate(model, **{**LABELLED, "picture": True}, n_cells=60)
+    html = found.to_html()
+    assert "By cell_type" in html and "By batch" not in html and "60 of 100 cells" in html
+    unlabelled = replace(found.pictures.embedding, types=None)
+    html = replace(found, pictures=replace(found.pictures, embedding=unlabelled)).to_html()
+    assert "By batch" in html
 
 
 def test_a_card_read_again_has_a_page_without_what_only_pictures_have(card):

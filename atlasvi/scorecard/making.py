@@ -15,7 +15,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from atlasvi.errors import CellsError, OptionError
 from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one
 from atlasvi.models.base import CountModel
-from atlasvi.progress import bar
+from atlasvi.progress import Advance, bar
 from atlasvi.report import package_versions
 from atlasvi.scorecard import measures
 from atlasvi.scorecard.card import Likelihood, NotApplicable, Pictures, Provenance, Scorecard
@@ -38,6 +38,7 @@ from atlasvi.stream import Epochs
 if TYPE_CHECKING:
     from atlasvi.models.base import Data
     from atlasvi.store.atlas import Atlas
+    from atlasvi.store.fields import Codes
 
 Part = TypeVar("Part")
 
@@ -123,29 +124,12 @@ def evaluate(
         raise CellsError(f"{data!r} has too few cells to evaluate a model on; give at least 3")
     batch, labels = _batches(model, data, batch_key), _labels(model, data, label_key)
     chosen, of_chosen = _group(data, labels, group)
-    apart, which = kept_apart(model, data)
-    held_out = np.arange(data.n_obs) if apart is None else apart
-    checked = held_out[metrics.subsample(len(held_out), n_held_out, seed=seed)].astype(np.int64)
-    sampled = metrics.subsample(data.n_obs, n_cells, seed=seed)
-
     epochs = Epochs(
         data, codes, batch_size=CELLS_AT_ONCE, shuffle=False, num_workers=num_workers,
         memory_budget=memory_budget,
     )  # fmt: skip
-    likelihood: Likelihood | NotApplicable | None = measures.no_likelihood(model)
     with bar("evaluate", data.n_obs, "cells", enabled=not silent) as advance:
-        one_pass = OnePass(model, epochs(), held_out, (checked, sampled), advance)
-        if likelihood is not None:
-            one_pass.run()
-        else:
-            terms = one_pass.elbo(seed)
-            likelihood = measures.likelihood(
-                model, terms, one_pass.nonzeros, kept_apart=apart is not None, which=which
-            )
-    kept, sample = (
-        Cells(at, counts, codes, data.numbers_of(at))
-        for at, counts in zip((checked, sampled), one_pass.kept(), strict=True)
-    )
+        read = _read(model, data, codes, epochs, effort, seed, advance)
 
     missing: list[NotApplicable] = []
 
@@ -156,15 +140,17 @@ def evaluate(
             return None
         return part
 
-    held_out_likelihood = there(likelihood)
-    if held_out_likelihood is not None:
-        more = there(measures.with_marginal(model, held_out_likelihood, kept, n_mc_samples, seed))
-        held_out_likelihood = more or held_out_likelihood
-    checks = there(measures.predictive(model, kept, batch, n_replicates, seed))
-    predictive, pictures = checks or (None, Pictures())
+    likelihood = there(read.likelihood)
+    if likelihood is not None:
+        more = there(measures.with_marginal(model, likelihood, read.held_out, n_mc_samples, seed))
+        likelihood = more or likelihood
+    predictive, pictures = there(measures.predictive(model, read.held_out, batch, n_replicates, seed)) or (
+        None,
+        Pictures(),
+    )
     mine = None if atlas is None else data
     calibration = there(measures.calibration(model, mine, chosen, of_chosen, n_splits, seed))
-    latents, view, reasons = measures.latents(model, sample, batch, labels, seed, picture=picture)
+    latents, view, reasons = measures.latents(model, read.sample, batch, labels, seed, picture=picture)
     options = {"label_key": label_key, "batch_key": batch_key, "group": group, **asdict(effort), "seed": seed}
     return Scorecard(
         model=type(model).__name__,
@@ -172,20 +158,65 @@ def evaluate(
         atlas=Path(data.name).name,
         n_obs=data.n_obs,
         n_vars=model.fields.n_vars,
-        likelihood=held_out_likelihood,
+        likelihood=likelihood,
         predictive=predictive,
         calibration=calibration,
         latents=latents,
         not_applicable=(*missing, *reasons),
-        provenance=Provenance(
-            counts_sha256=one_pass.checksum.hexdigest(),
-            weights_sha256=weights_sha256(model.module),
-            order_seed=None if model._split is None else int(model._split["seed"]),
-            is_shuffled=data.lies_at_random(),
-            versions=dict(package_versions("atlasvi", "torch", "numpy", "scikit-learn")),
-            options=options,
-        ),
+        provenance=_provenance(model, data, read.checksum, options),
         pictures=replace(pictures, embedding=view and replace(view, n_total=data.n_obs)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the pass leaves: the likelihood, the counts of two samples, and the checksum of all counts."""
+
+    likelihood: Likelihood | NotApplicable
+    held_out: Cells
+    sample: Cells
+    checksum: str
+
+
+def _read(
+    model: CountModel,
+    atlas: Atlas,
+    codes: Codes,
+    epochs: Epochs,
+    effort: Effort,
+    seed: int,
+    advance: Advance,
+) -> _Read:
+    apart, which = kept_apart(model, atlas)
+    held_out = np.arange(atlas.n_obs) if apart is None else apart
+    wanted = (
+        held_out[metrics.subsample(len(held_out), effort.n_held_out, seed=seed)].astype(np.int64),
+        metrics.subsample(atlas.n_obs, effort.n_cells, seed=seed),
+    )
+    one_pass = OnePass(model, epochs(), held_out, wanted, advance)
+    likelihood: Likelihood | NotApplicable | None = measures.no_likelihood(model)
+    if likelihood is not None:
+        one_pass.run()
+    else:
+        terms = one_pass.elbo(seed)
+        likelihood = measures.likelihood(
+            model, terms, one_pass.nonzeros, kept_apart=apart is not None, which=which
+        )
+    kept = [
+        Cells(positions, counts, codes, atlas.numbers_of(positions))
+        for positions, counts in zip(wanted, one_pass.kept(), strict=True)
+    ]
+    return _Read(likelihood, kept[0], kept[1], one_pass.checksum.hexdigest())
+
+
+def _provenance(model: CountModel, atlas: Atlas, checksum: str, options: dict[str, Any]) -> Provenance:
+    return Provenance(
+        counts_sha256=checksum,
+        weights_sha256=weights_sha256(model.module),
+        order_seed=None if model._split is None else int(model._split["seed"]),
+        is_shuffled=atlas.lies_at_random(),
+        versions=dict(package_versions("atlasvi", "torch", "numpy", "scikit-learn")),
+        options=options,
     )
 
 

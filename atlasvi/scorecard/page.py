@@ -18,7 +18,7 @@ def scorecard_html(card: Scorecard) -> str:
     parts = (
         _head(card),
         _likelihood(card),
-        latent_section(card.pictures.embedding),
+        _view(card),
         _latents(card.latents),
         _predictive(card),
         _calibration(card),
@@ -26,6 +26,11 @@ def scorecard_html(card: Scorecard) -> str:
         _provenance(card),
     )
     return page(_title(card), "\n".join(parts), style=_STYLE)
+
+
+def _view(card: Scorecard) -> str:
+    keys = (card.latents.label_key, card.latents.batch_key) if card.latents is not None else (None, None)
+    return latent_section(card.pictures.embedding, keys[0] or "label", keys[1] or "batch")
 
 
 def _title(card: Scorecard) -> str:
