@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from atlasvi.models.scvae import SCVAE
     from atlasvi.models.scvi import SCVI
     from atlasvi.models.vae import GaussianVAE
+    from atlasvi.scorecard.making import evaluate
     from atlasvi.simulate import Simulation
     from atlasvi.store.atlas import Atlas, open
     from atlasvi.store.ingest import ingest
@@ -49,6 +50,7 @@ __all__ = [
     "GaussianVAE",
     "LinearSCVI",
     "Simulation",
+    "evaluate",
     "ingest",
     "open",
     "open_compact",
@@ -70,6 +72,7 @@ _WHERE = {
     "LinearSCVI": "atlasvi.models.ldvae",
     "AtlasviError": "atlasvi.errors",
     "Simulation": "atlasvi.simulate",
+    "evaluate": "atlasvi.scorecard.making",
     "ingest": "atlasvi.store.ingest",
     "open": "atlasvi.store.atlas",
     "open_compact": "atlasvi.models.compact",

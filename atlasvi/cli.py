@@ -581,6 +581,58 @@ def _draw(found: Any, volcano: Path | None, heat_map: Path | None) -> None:
 
 
 @app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    atlases: Atlases,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="A .json, or a folder for scorecard.json and scorecard.html.")
+    ],
+    label_key: Annotated[
+        str | None,
+        typer.Option(help="Column of obs with labels that should stay apart; default the model's."),
+    ] = None,
+    batch_key: Annotated[
+        str | None, typer.Option(help="Column of obs with batches that should mix; default the model's.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Label whose cells are compared with each other; default the largest.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A fifth of the cells and draws, and no picture.")
+    ] = False,
+    cells: Annotated[
+        int | None, typer.Option(help="Cells on which mixing and labels are measured; default 5,000.")
+    ] = None,
+    seed: Seed = 0,
+    memory_budget: MemoryBudget = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what a model is worth on an atlas: likelihood, checks, calibration, mixing, labels.
+
+    Example: atlasvi evaluate model atlas.zarr -o scorecard --label-key cell_type
+    """
+    from rich.console import Console
+
+    from atlasvi.models import load
+    from atlasvi.scorecard import QUICK, THOROUGH, check_place, table
+    from atlasvi.scorecard import evaluate as run
+
+    check_place(out, overwrite=overwrite)
+    effort = QUICK if quick else THOROUGH
+    trained = load(model)
+    with _open(atlases, trained.fields.layer) as atlas:
+        card = run(
+            trained, atlas, label_key=label_key, batch_key=batch_key, group=group,
+            n_cells=effort.n_cells if cells is None else cells, n_held_out=effort.n_held_out,
+            n_mc_samples=effort.n_mc_samples, n_replicates=effort.n_replicates, n_splits=effort.n_splits,
+            picture=not quick and out.suffix != ".json", seed=seed, memory_budget=memory_budget, silent=False,
+        )  # fmt: skip
+    card.write(out, overwrite=overwrite)
+    Console(soft_wrap=True).print(table(card))
+    typer.echo(f"scorecard: {out}")
+
+
+@app.command()
 def convert(
     model: Annotated[Path, typer.Argument(help="A folder that scvi-tools saved, or a model folder.")],
     out: Out,

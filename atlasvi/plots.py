@@ -230,7 +230,7 @@ def identity_scatter(
     low, high = (low / 1.2, high * 1.3) if log else (low - margin, high + margin)
     frame = (66, 14, size - 14, size - 50)
     x_axis, y_axis = Axis(low, high, frame[0], frame[2], log), Axis(low, high, frame[3], frame[1], log)
-    parts = [_grid(x_axis, y_axis, frame, x_label, y_label)]
+    parts = [_grid(x_axis, y_axis, frame, x_label, y_label, upright=True)]
     parts.append(
         f'<line class="axis" stroke-dasharray="5 4" x1="{frame[0]}" y1="{frame[3]}" x2="{frame[2]}" '
         f'y2="{frame[1]}"><title>equal</title></line>'
@@ -272,10 +272,34 @@ def predictive_check(found: pd.DataFrame, *, group: str | None = None, size: int
             raise OptionError(f"there is no group {group!r}; the check has {', '.join(levels[:10])}")
         found = found[found["group"].astype(str) == (group or levels[0])]
     panels = []
-    for i, (statistic, name) in enumerate(
-        {"mean": "mean", "variance": "variance", "zero_share": "share of zeros"}.items()
-    ):
+    for i, (name, said, panel) in enumerate(predictive_panels(found, size=size)):
+        panels.append(place(panel, i * (size + 12), 24))
+        title = f"{name}: {said}"
+        panels.append(f'<text class="strong" x="{i * (size + 12) + 4}" y="15">{escape(title)}</text>')
+    alt = "Posterior predictive check" + ("" if group is None else f" of {group}")
+    return _svg(3 * size + 24, size + 24, "".join(panels), alt)
+
+
+def predictive_panels(
+    found: pd.DataFrame, *, size: int = 360, max_genes: int | None = None, seed: int = 0
+) -> list[tuple[str, str, str]]:
+    """The three squares of `predictive_check`, for pages that lay them out: name, genes beyond, and chart.
+
+    Args:
+        found: of one group.
+        size: of each, in pixels.
+        max_genes: of more, so many are drawn, at random; all are counted.
+        seed: of that choice.
+    """
+    names = {"mean": "mean", "variance": "variance", "zero_share": "share of zeros"}
+    panels = []
+    for statistic, name in names.items():
         rows = found[(found["statistic"] == statistic) & found["observed"].notna()]
+        beyond = rows["p"].isin([0, 1]).to_numpy()
+        said = f"{int(beyond.sum()):,} of {len(rows):,} genes beyond"
+        if max_genes is not None and len(rows) > max_genes:
+            drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_genes])
+            rows, beyond = rows.iloc[drawn], beyond[drawn]
         observed, replicated = rows["observed"].to_numpy(), rows["replicated"].to_numpy()
         is_log = statistic != "zero_share"
         if is_log:
@@ -283,16 +307,57 @@ def predictive_check(found: pd.DataFrame, *, group: str | None = None, size: int
             both = np.concatenate([observed, replicated])
             least = both[both > 0].min() if (both > 0).any() else 1.0
             observed, replicated = np.maximum(observed, least), np.maximum(replicated, least)
-        beyond = ((rows["p"] == 0) | (rows["p"] == 1)).to_numpy()
-        panel = identity_scatter(
+        panels.append((name, said, identity_scatter(
             observed, replicated, beyond.astype(int), [GREY, "var(--accent-2)"],
             x_label=f"{name}, observed", y_label="replicated", alt=name, size=size, log=is_log,
-        )  # fmt: skip
-        panels.append(place(panel, i * (size + 12), 24))
-        text = f"{name}: {int(beyond.sum()):,} of {len(rows):,} genes beyond"
-        panels.append(f'<text class="strong" x="{i * (size + 12) + 4}" y="15">{escape(text)}</text>')
-    alt = "Posterior predictive check" + ("" if group is None else f" of {group}")
-    return _svg(3 * size + 24, size + 24, "".join(panels), alt)
+        )))  # fmt: skip
+    return panels
+
+
+def threshold_strip(
+    values: Sequence[float],
+    threshold: float,
+    *,
+    titles: Sequence[str],
+    x_label: str,
+    threshold_label: str,
+    alt: str,
+    width: int = 560,
+    height: int = 190,
+) -> str:
+    """Values along one axis, as points that do not cover each other, and a threshold not to pass.
+
+    Args:
+        values: ``(n,)`` >= 0.
+        threshold: > 0; what is beyond it is in colour.
+        titles: of the points, shown under the pointer.
+        x_label: of the axis.
+        threshold_label: written at the threshold.
+        alt: alternative text.
+        width: in pixels.
+        height: in pixels.
+    """
+    left, top, right, bottom = frame = (16, 34, width - 16, height - 46)
+    axis = Axis(0.0, 1.12 * max([threshold, *values]), left, right)
+    # An axis of heights without ticks: points are stacked where they would touch.
+    parts = [_grid(axis, Axis(0.0, 1e-9, bottom, top), frame, x_label, "", y_ticks=False)]
+    x = axis(threshold)
+    side, anchor = (6, "start") if x < 0.6 * width else (-6, "end")
+    parts.append(
+        f'<line class="axis" stroke-dasharray="5 4" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 10}" y2="{bottom}"/>'
+        f'<text x="{x + side:.1f}" y="{top - 2}" text-anchor="{anchor}">{escape(threshold_label)}</text>'
+    )
+    placed: list[tuple[float, int]] = []
+    for value, title in sorted(zip(values, titles, strict=True)):
+        at = axis(value)
+        taken = {level for other, level in placed if abs(other - at) < 12}
+        level = next(level for level in range(len(placed) + 1) if level not in taken)
+        placed.append((at, level))
+        y = max(top + 6.0, bottom - 9 - 12 * level)
+        colour = "var(--accent-2)" if value > threshold else "var(--accent)"
+        parts.append(f'<circle cx="{at:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.85"/>')
+        parts.append(_hit(at, y, title))
+    return _svg(width, height, "".join(parts), alt)
 
 
 def heat_maps(
@@ -521,11 +586,20 @@ def _linear(low: float, high: float, start: float, stop: float, *, margin: float
     return Axis(low - margin * span, high + margin * span, start, stop)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, frame: tuple[float, ...], x_label: str, y_label: str) -> str:
-    """Grid lines, ticks and names of two axes."""
+def _grid(
+    x_axis: Axis,
+    y_axis: Axis,
+    frame: tuple[float, ...],
+    x_label: str,
+    y_label: str,
+    *,
+    upright: bool = False,
+    y_ticks: bool = True,
+) -> str:
+    """Grid lines, ticks and names of two axes; of the second above it, or ``upright`` beside it."""
     left, top, right, bottom = frame
     parts = []
-    for value in y_axis.ticks():
+    for value in y_axis.ticks() if y_ticks else ():
         y = y_axis(value)
         parts.append(f'<line class="grid" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         at = f'x="{left - 9}" y="{y + 4.5:.1f}" text-anchor="end"'
@@ -539,7 +613,7 @@ def _grid(x_axis: Axis, y_axis: Axis, frame: tuple[float, ...], x_label: str, y_
     parts.append(f'<line class="axis" x1="{left}" x2="{right:.1f}" y1="{bottom}" y2="{bottom}"/>')
     middle = (left + right) / 2
     parts.append(f'<text x="{middle:.1f}" y="{bottom + 41}" text-anchor="middle">{escape(x_label)}</text>')
-    if y_axis.log:
+    if upright:
         at = f'transform="translate(15 {(top + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle"'
     else:
         at = 'x="4" y="15"'

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -237,24 +237,29 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
         >>> write_report(tempfile.mkdtemp() + "/report.html", report).name
         'report.html'
     """
-    return _write(Path(path), report_html(report))
+    return write_text(Path(path), report_html(report))
 
 
 def report_html(report: Report) -> str:
     """The page as text."""
     sections = (
         _training(report),
-        _latent(report),
+        latent_section(report.embedding),
         _scores(report),
         _decoding(report),
         _costs(report),
         _making(report),
     )
+    return page(report.title, f"{_head(report)}\n{''.join(sections)}")
+
+
+def page(title: str, body: str, *, style: str = "") -> str:
+    """A page that stands alone: no script, no outside resource, light and dark as the reader has it."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{plots.STYLE}{_STYLE}</style></head>\n"
-        f"<body><main>\n{_head(report)}\n{''.join(sections)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{plots.STYLE}{_STYLE}{style}</style></head>\n"
+        f"<body><main>\n{body}</main></body></html>\n"
     )
 
 
@@ -286,7 +291,7 @@ def readme_picture(report: Report, path: str | os.PathLike[str]) -> Path:
         f"Left and middle: 2-D view of the latent space of {report.n_obs:,} cells, coloured by type and "
         "by batch. Right: negative ELBO by epoch."
     )
-    return _write(path, plots.standalone(body, width, top + side + gap, alt))
+    return write_text(path, plots.standalone(body, width, top + side + gap, alt))
 
 
 def format_seconds(seconds: float) -> str:
@@ -316,7 +321,12 @@ def package_versions(*names: str) -> tuple[tuple[str, str], ...]:
     return ("Python", platform.python_version()), *((name, version(name)) for name in names)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all; the path.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -338,18 +348,25 @@ def _head(report: Report) -> str:
     ]
     if report.peak_bytes is not None:
         figures.append((format_bytes(report.peak_bytes), "peak memory"))
+    return header(report.title, report.summary, figures)
+
+
+def header(title: str, lead: str, figures: Sequence[tuple[str, str]]) -> str:
+    """The head of a page: title, a sentence after which a reader may stop, ``(value, name)`` figures."""
     tiles = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for value, name in figures)
     return (
-        f"<header><h1>{escape(report.title)}</h1><p class=lead>{escape(report.summary)}</p>"
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
         f'<dl class="figures">{tiles}</dl></header>'
     )
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part of a page, under its heading."""
     return f"<section><h2>{title}</h2>\n{body}</section>\n"
 
 
-def _figure(body: str, caption: str) -> str:
+def figure(body: str, caption: str) -> str:
+    """A chart with what is to be said of it, both HTML."""
     return f"<figure>{body}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -383,7 +400,7 @@ def _training(report: Report) -> str:
         "cell. Where training keeps falling and validation does not, it learns these cells by heart.</p>"
         "</div>"
     )
-    return _section("Training", f'<div class="wide-left">{_figure(_curve(elbo), caption)}{table}</div>')
+    return section("Training", f'<div class="wide-left">{figure(_curve(elbo), caption)}{table}</div>')
 
 
 def _views(embedding: Embedding, size: int = 500) -> tuple[str, str]:
@@ -408,8 +425,10 @@ def _classes(column: pd.Categorical, *, second: bool = False) -> tuple[NDArray[A
     return np.asarray(column.codes), names, plots.palette(names, grey=("empty", "unknown"), second=second)
 
 
-def _latent(report: Report) -> str:
-    embedding = report.embedding
+def latent_section(
+    embedding: Embedding | None, type_name: str = "cell type", batch_name: str = "batch"
+) -> str:
+    """The latent in two dimensions, by type and by batch if there is more than one; "" without one."""
     if embedding is None:
         return ""
     by_type, by_batch = _views(embedding)
@@ -417,16 +436,17 @@ def _latent(report: Report) -> str:
     if embedding.types is not None:
         _, names, colours = _classes(embedding.types)
         key = plots.legend(names, colours, plots.marks(names, 500))
-        parts.append(f"<div><h3>By cell type</h3>{by_type}{key}</div>")
+        parts.append(f"<div><h3>By {escape(type_name)}</h3>{by_type}{key}</div>")
     _, names, colours = _classes(embedding.batches, second=True)
-    parts.append(f"<div><h3>By batch</h3>{by_batch}{plots.legend(names, colours)}</div>")
+    if len(names) > 1 or not parts:
+        parts.append(f"<div><h3>By {escape(batch_name)}</h3>{by_batch}{plots.legend(names, colours)}</div>")
     n = len(embedding.xy)
     cells = f"All {n:,} cells" if n == embedding.n_total else f"{n:,} of {embedding.n_total:,} cells"
     caption = (
         f"{cells}; {escape(embedding.method)}. <strong>This picture is for looking and not for measuring"
         "</strong>: sizes and distances in it mean little. The scores below are taken on the latent itself."
     )
-    return _section("The latent space", _figure(f'<div class="pair">{"".join(parts)}</div>', caption))
+    return section("The latent space", figure(f'<div class="pair">{"".join(parts)}</div>', caption))
 
 
 def _scores(report: Report) -> str:
@@ -445,7 +465,7 @@ def _scores(report: Report) -> str:
         cells = []
         for (_, value, full), top in zip(columns, best, strict=True):
             number = round(value(scores), 3)
-            cells.append(_bar_cell(f"{number:.3f}", number / full if full else 0.0, strong=number == top))
+            cells.append(bar_cell(f"{number:.3f}", number / full if full else 0.0, strong=number == top))
         rows.append(f'<tr><th scope="row">{escape(scores.name)}</th>{"".join(cells)}</tr>')
     heads = "".join(f'<th scope="col">{name}</th>' for name, *_ in columns)
     first = report.scores[0]
@@ -461,10 +481,11 @@ def _scores(report: Report) -> str:
         f'<thead><tr><th scope="col">Latent</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
         "</table></div>"
     )
-    return _section("Scores", f"{table}<p class=note>{note}</p>")
+    return section("Scores", f"{table}<p class=note>{note}</p>")
 
 
-def _bar_cell(text: str, share: float, *, strong: bool = False, kind: str = "") -> str:
+def bar_cell(text: str, share: float, *, strong: bool = False, kind: str = "") -> str:
+    """A cell of a table: a number, and a bar of its share of the full width under it."""
     share = min(1.0, max(0.0, share))
     number = f"<b>{text}</b>" if strong else text
     return (
@@ -479,7 +500,7 @@ def _decoding(report: Report) -> str:
     check, shown = report.decoding.check, np.asarray(report.decoding.shown, np.int64)
     # Where there are no other genes, the shown ones need no colour of their own.
     among = 0 < len(shown) < len(report.decoding.genes)
-    figures = [_figure(_identity(report.decoding, among), _identity_caption(check, among))]
+    figures = [figure(_identity(report.decoding, among), _identity_caption(check, among))]
     if len(shown):
         highest = np.maximum(check.true_mean[:, shown].max(0), 1e-30)
         panels = [
@@ -492,8 +513,8 @@ def _decoding(report: Report) -> str:
             "Mean frequency of marker genes in each type; full colour is a gene's highest true mean. "
             "Rest the pointer on a tile for its value."
         )
-        figures.append(_figure(plots.heat_maps(panels, genes, check.types, alt=alt), caption))
-    return _section("Decoded against true expression", f'<div class="pair">{"".join(figures)}</div>')
+        figures.append(figure(plots.heat_maps(panels, genes, check.types, alt=alt), caption))
+    return section("Decoded against true expression", f'<div class="pair">{"".join(figures)}</div>')
 
 
 def _identity(decoding: Decoding, among: bool) -> str:
@@ -536,8 +557,8 @@ def _costs(report: Report) -> str:
         peak = '<td class="bar">not measured</td>'
         if step.peak_bytes is not None:
             share = step.peak_bytes / (report.peak_bytes or 1)
-            peak = _bar_cell(format_bytes(step.peak_bytes), share, kind="b")
-        time = _bar_cell(format_seconds(step.seconds), step.seconds / longest)
+            peak = bar_cell(format_bytes(step.peak_bytes), share, kind="b")
+        time = bar_cell(format_seconds(step.seconds), step.seconds / longest)
         note = f'<td class="text">{escape(step.note)}</td>'
         rows.append(f'<tr><th scope="row">{escape(step.name)}</th>{time}{peak}{note}</tr>')
     total_peak = "" if report.peak_bytes is None else format_bytes(report.peak_bytes)
@@ -552,7 +573,7 @@ def _costs(report: Report) -> str:
         f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot>"
         "</table></div>"
     )
-    return _section("Time and memory", table)
+    return section("Time and memory", table)
 
 
 def _making(report: Report) -> str:
@@ -565,7 +586,7 @@ def _making(report: Report) -> str:
     if facts:
         items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
         parts.append(f'<h3>With</h3><dl class="versions">{items}</dl>')
-    return _section("How this was made", "".join(parts)) if parts else ""
+    return section("How this was made", "".join(parts)) if parts else ""
 
 
 _STYLE = """

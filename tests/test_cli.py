@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from urllib.request import urlopen
 
 import anndata
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 
 from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
+from atlasvi.scorecard import QUICK, evaluate
 
 COMMANDS = ["ingest", "info", "train", "latent", "decode", "impute", "publish", "serve", "de", "convert"]
-COMMANDS += ["demo", "predict"]
+COMMANDS += ["demo", "predict", "evaluate"]
 # One thread: small tensors gain nothing from more, and processes of tests share the machine.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 SMALL = ["--n-hidden", "16", "--n-latent", "3", "--batch-size", "64", "--gene-mask", "none"]
@@ -301,6 +303,20 @@ def test_imputed_counts_and_technical_zeros_are_those_of_the_model(made, run_her
     assert back.var_names.tolist() == genes
 
 
+def test_a_scorecard_is_that_of_python(made, run_here, tmp_path, capsys):
+    folder, _ = made
+    how = ["--label-key", "cell_type", "--quick", "--cells", 100]
+    run_here("evaluate", "model", "atlas.zarr", "-o", tmp_path / "card", *how, cwd=folder)
+    said = capsys.readouterr().out
+    model = SCVI.load(folder / "model", folder / "atlas.zarr")
+    card = evaluate(model, label_key="cell_type", picture=False, **{**asdict(QUICK), "n_cells": 100})
+    assert (tmp_path / "card" / "scorecard.json").read_text() == card.to_json()
+    assert (tmp_path / "card" / "scorecard.html").read_text() == card.to_html()
+    assert f"{card.likelihood.elbo:,.1f}" in said and "kept apart from training" in " ".join(said.split())
+    run_here("evaluate", "model", "atlas.zarr", "-o", tmp_path / "card.json", *how, cwd=folder)
+    assert (tmp_path / "card.json").read_text() == card.to_json()
+
+
 def test_what_is_published_is_served(made, run_here, tmp_path):
     folder, _ = made
     run_here("publish", "model", "atlas.zarr", "-o", tmp_path / "my.atlasvi", cwd=folder)
@@ -350,6 +366,11 @@ def test_what_is_there_is_not_written_over(arguments, words, made, error_of):
         (["publish", "model", "atlas.zarr", "-o", "new.atlasvi", "--obs", "nothing"], "'nothing'"),
         (["publish", "model", "atlas.zarr", "-o", "atlas.zarr", "--overwrite"], "no published atlas"),
         (["serve", "atlas.zarr"], "no published atlas"),
+        (["evaluate", "model", "atlas.zarr", "-o", "new", "--label-key", "cel_type"], "mean 'cell_type'"),
+        (["evaluate", "atlas.zarr", "atlas.zarr", "-o", "new"], "not a model folder"),
+        (["evaluate", "model", "atlas.zarr", "-o", "new.html"], "end it in .json"),
+        (["evaluate", "model", "atlas.zarr", "-o", "model", "--overwrite"], "no scorecard's"),
+        (["evaluate", "model", "atlas.zarr", "-o", "new.json", "--cells", "0", "--quick"], "n_cells"),
         (["latent", "model", "model"], "not an atlas"),
         (["latent", "model", "atlas.zarr", "-o", "nothing.h5ad"], "nothing.h5ad"),
         (["info", "nothing"], "'nothing'"),

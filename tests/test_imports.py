@@ -24,7 +24,7 @@ ORDER = [
     ["models"],
     ["metrics", "simulate", "plots", "imputation"],
     ["report", "serve"],
-    ["demo"],
+    ["demo", "scorecard"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW, MANY = 20_000, 160_000
-STAGES = ("ingest", "train", "decode", "decode-all", "impute", "de")
+STAGES = ("ingest", "train", "decode", "decode-all", "impute", "de", "evaluate")
 # MiB above the level. The counts of the larger store are 159 MiB in the narrowest types.
 LIMIT = 140
 

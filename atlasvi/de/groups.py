@@ -96,7 +96,7 @@ def groups_by_label(
     ones = list(dict.fromkeys(ones))
     two = None if group2 is None else as_level(group2)
     for name in [*ones, *([] if two is None else [two])]:
-        _check_level(atlas, groupby, name, known)
+        check_level(atlas, groupby, name, known)
     if two is not None and group1 is None:
         ones.remove(two)
     if two in ones:
@@ -151,7 +151,7 @@ def cells_of(atlas: Atlas, groupby: str | None, group: str | None, idx: Cells | 
         raise OptionError("name one group of cells: groupby= and group=, a level of it, or idx= alone")
     codes, levels = level_codes(atlas, groupby)
     name = as_level(group)
-    _check_level(atlas, groupby, name, levels)
+    check_level(atlas, groupby, name, levels)
     return np.flatnonzero(codes == levels.index(name))
 
 
@@ -159,7 +159,12 @@ def _objects(values: Any) -> NDArray[Any]:
     return np.asarray(values, dtype=object)
 
 
-def _check_level(atlas: Atlas, groupby: str, name: str, known: Sequence[str]) -> None:
+def check_level(atlas: Atlas, groupby: str, name: str, known: Sequence[str]) -> None:
+    """Make sure that a column has a level.
+
+    Raises:
+        ObsError: it has not; with near names.
+    """
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(known[:10])}"

@@ -71,6 +71,7 @@ from atlasvi.store import cluster
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
 from atlasvi.store.fields import UNS_KEY, Codes, as_level, level_codes, register, resolve, uns_entry
+from atlasvi.store.identity import look
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs
 from atlasvi.train.checkpoint import batch_size_of
@@ -163,6 +164,7 @@ class CountModel(Generic[Config, Module]):
         self.origin: str | None = None
         self.checks: list[Check] = []
         self._split: dict[str, Any] | None = None
+        self._looks_like: str | None = None
         self._training: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -319,6 +321,7 @@ class CountModel(Generic[Config, Module]):
             "n_obs": atlas.n_obs, "train_size": train_size, "validation_size": validation_size,
             "shuffle": shuffle_set_split, "seed": seed,
         }  # fmt: skip
+        self._looks_like = look(atlas[:, codes.gene_columns])
         training, held_out, _ = split_cells(**self._split)
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
@@ -519,6 +522,26 @@ class CountModel(Generic[Config, Module]):
     def validation_indices(self) -> NDArray[np.int64]:
         """Positions of the cells kept for validation."""
         return self._split_part(1)
+
+    def was_trained_on(self, adata: Data | None = None) -> bool | None:
+        """Whether these are the cells that the model was trained on, in their order.
+
+        By their number, the genes' names, and the counts of a few dozen cells; the rest is not read.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+
+        Returns:
+            ``None`` where the model does not know: it was not trained here, or saved by an earlier version.
+
+        Example:
+            >>> model.was_trained_on(atlas), model.was_trained_on(atlas[10:])
+            (True, False)
+        """
+        if self._looks_like is None:
+            return None
+        atlas, codes = self._data(adata)
+        return look(atlas[:, codes.gene_columns]) == self._looks_like
 
     def _split_part(self, part: int) -> NDArray[np.int64]:
         if self._split is None:
@@ -1489,6 +1512,7 @@ class CountModel(Generic[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(self.plan),
             "split": self._split,
+            "looks_like": self._looks_like,
             "freeze": None if self._freeze is None else asdict(self._freeze),
             "training": self._training,
             "records": [asdict(record) for record in self.records],
@@ -1526,7 +1550,7 @@ class CountModel(Generic[Config, Module]):
             model._split = description["split"]
             model._training = description["training"]
             # Folders of earlier versions do not say.
-            freeze = description.get("freeze")
+            model._looks_like, freeze = description.get("looks_like"), description.get("freeze")
             model._freeze = None if freeze is None else Freeze(**freeze)
         except (KeyError, TypeError, OptionError) as error:
             raise ModelError(

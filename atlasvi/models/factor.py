@@ -44,6 +44,7 @@ from atlasvi.models.arguments import one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments, split_cells
 from atlasvi.progress import bar
+from atlasvi.store.identity import look
 from atlasvi.stream import Epochs
 from atlasvi.train.history import EpochRecord
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
@@ -313,6 +314,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             "n_obs": atlas.n_obs, "train_size": train_size, "validation_size": validation_size,
             "shuffle": shuffle_set_split, "seed": seed,
         }  # fmt: skip
+        self._looks_like = look(atlas[:, codes.gene_columns])
         training, _, _ = split_cells(**self._split)
         if self.config.n_latent >= min(self.fields.n_vars, len(training)):
             raise OptionError(

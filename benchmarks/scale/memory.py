@@ -17,6 +17,7 @@ Stages, each on what the one before it left in the folder:
 ``decode-all`` rho of all genes of every cell to Zarr
 ``impute``     imputed counts and technical zeros of some genes of every cell to Zarr
 ``de``         every cell type against the rest, fold changes, 1,000 draws of each
+``evaluate``   a scorecard, of a model that was trained on other cells: all of them are held out
 ``load``       the control: ``anndata.read_zarr`` of the store, which no limit below its size lets pass
 =============  =========================================================================================
 
@@ -48,7 +49,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-STAGES = ("simulate", "ingest", "shuffle", "train", "latent", "decode", "decode-all", "impute", "de")
+STAGES = (
+    "simulate",
+    "ingest",
+    "shuffle",
+    "train",
+    "latent",
+    "decode",
+    "decode-all",
+    "impute",
+    "de",
+    "evaluate",
+)
 CONTROL = "load"
 TINY = 600
 # Exit status of a stage that was refused memory.
@@ -416,6 +428,20 @@ def _de(n: int, folder: Path, setting: Setting) -> Ready:
     return run
 
 
+def _evaluate(n: int, folder: Path, setting: Setting) -> Ready:
+    import atlasvi
+    from atlasvi.scorecard import QUICK
+
+    def run() -> None:
+        with atlasvi.open(_store(n, folder)) as atlas:
+            atlasvi.evaluate(
+                folder / "model", atlas, label_key="cell_type", **asdict(QUICK), picture=False,
+                memory_budget=setting.stream_budget,
+            )  # fmt: skip
+
+    return run
+
+
 def _load(n: int, folder: Path, setting: Setting) -> Ready:
     import anndata
 
@@ -427,7 +453,8 @@ def _load(n: int, folder: Path, setting: Setting) -> Ready:
 
 _STAGES: dict[str, Callable[[int, Path, Setting], Ready]] = {
     "simulate": _simulate, "ingest": _ingest, "shuffle": _shuffle, "train": _train, "latent": _latent,
-    "decode": _decode, "decode-all": _decode_all, "impute": _impute, "de": _de, "load": _load,
+    "decode": _decode, "decode-all": _decode_all, "impute": _impute, "de": _de, "evaluate": _evaluate,
+    "load": _load,
 }  # fmt: skip
 
 
