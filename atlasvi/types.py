@@ -368,6 +368,18 @@ class GeneratesCounts(Protocol):
 
 
 @runtime_checkable
+class HasPrior(Protocol):
+    """A module by whose p(z) draws of z can be weighed."""
+
+    prior_has_density: bool
+    """Whether `prior` is p(z) itself and no stand-in."""
+
+    def prior(self) -> Mixture:
+        """p(z)."""
+        ...
+
+
+@runtime_checkable
 class Classifies(Protocol):
     """A module that `infer.classify` can ask for labels."""
 
@@ -386,6 +398,7 @@ __all__ = [
     "FieldMap",
     "GeneratesCounts",
     "HasPosterior",
+    "HasPrior",
     "InfersLibrary",
     "LossTerms",
     "Minibatch",

@@ -29,6 +29,7 @@ from atlasvi.infer.dropout import technical_zeros
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, ReadCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
+from atlasvi.infer.marginal import marginal_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
 from atlasvi.infer.on_cluster import decode_on, encode_on, located
 from atlasvi.infer.predictive import check_table, predictive_sums
@@ -86,7 +87,7 @@ from atlasvi.train.schedule import (
     default_epochs,
     steps_between_checks,
 )
-from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Starts
+from atlasvi.types import Decodes, Encodes, FieldMap, HasPrior, LossTerms, Minibatch, Starts
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -1250,6 +1251,52 @@ class CountModel(Generic[Config, Module]):
             },
             index=names if indices is None else names[cell_positions(indices, atlas.n_obs)],
         )
+
+    def get_marginal_ll(
+        self,
+        adata: Data | None = None,
+        indices: Sequence[int] | None = None,
+        n_mc_samples: int = 1_000,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        *,
+        seed: int = 0,
+        **unsupported: object,
+    ) -> Any:
+        """Log p(x) in nats a cell, by importance sampling from q(z, l | x); the ELBO is below it.
+
+        ``log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x)``, which comes near from below as S grows (Burda et
+        al. 2016). Streamed; a draw depends on (seed, cell, sample) alone.
+
+        Args:
+            adata: other data; that of the model when ``None``.
+            indices: positions of the cells.
+            n_mc_samples: S, draws for each cell.
+            batch_size: cells at a time; does not change the result.
+            return_mean: the mean over cells, or a value for each, ``(n,)`` float64.
+            seed: of the draws.
+            **unsupported: refused by name.
+
+        Raises:
+            OptionError: fewer than one draw, or a model without a posterior or a density of its prior.
+
+        Example:
+            >>> model.get_marginal_ll(n_mc_samples=20) >= model.get_elbo()
+            True
+        """
+        refuse("get_marginal_ll", unsupported)
+        at_least_one("n_mc_samples", n_mc_samples)
+        self._must_be_trained()
+        if not (isinstance(self.module, HasPrior) and self.module.prior_has_density):
+            raise OptionError(
+                f"{type(self).__name__} has no get_marginal_ll: draws of z are weighed by the density of "
+                "p(z), and here none is known; get_elbo, where there is one, is a bound"
+            )
+        minibatches = self._minibatches(adata, indices, batch_size)
+        found = torch.cat(
+            list(marginal_blocks(self.module, minibatches, self._device, n_samples=n_mc_samples, seed=seed))
+        )
+        return float(found.mean()) if return_mean else found.numpy()
 
     def posterior_predictive_check(
         self,

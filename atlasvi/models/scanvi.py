@@ -118,6 +118,8 @@ class SCANVIModule(SCVIModule):
     config: SCANVIConfig
     # Not the classifier: what it says of labels was learnt from labels.
     posterior_parts = (*SCVIModule.posterior_parts, "u_encoder")
+    # `prior` stays N(0, I), by which scvi-tools too weighs draws: that of (3) has none in closed form.
+    prior_has_density = False
     label_prior: torch.Tensor
 
     def __init__(self, config: SCANVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
@@ -167,7 +169,6 @@ class SCANVIModule(SCVIModule):
         logits: torch.Tensor = self.classifier(z, None)
         return logits
 
-    # `prior` stays N(0, I), by which scvi-tools too weighs draws: that of (3) has no density in closed form.
     def from_prior(self, noise: Noise) -> Posterior:
         """p(z | u, y) of (3), for each of B new cells a draw of u and y."""
         y = torch.searchsorted(self.label_prior.cumsum(0)[:-1], noise.uniform(1, _LABEL))

@@ -18,10 +18,9 @@ In the place of (1) a mixture can be learnt (`nn.priors`), with log q(z|x) - log
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,10 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from atlasvi.errors import OptionError
-from atlasvi.infer.marginal import marginal_blocks
 from atlasvi.likelihoods import by_name
-from atlasvi.models.arguments import at_least_one
-from atlasvi.models.base import CountModel, LibraryMoments, one_of, refuse
+from atlasvi.models.base import CountModel, LibraryMoments, one_of
 from atlasvi.nn.critics import BatchCritic, mmd
 from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
@@ -113,6 +110,7 @@ class SCVIModule(nn.Module):
     """
 
     posterior_parts: tuple[str, ...] = ("encoder", "library_encoder")
+    prior_has_density = True
     library_log_mean: torch.Tensor
     library_log_var: torch.Tensor
 
@@ -529,44 +527,3 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
         from atlasvi.models.query import prepare_query
 
         return prepare_query(adata, reference_model)
-
-    def get_marginal_ll(
-        self,
-        adata: Data | None = None,
-        indices: Sequence[int] | None = None,
-        n_mc_samples: int = 1_000,
-        batch_size: int | None = None,
-        return_mean: bool = True,
-        *,
-        seed: int = 0,
-        **unsupported: object,
-    ) -> Any:
-        """Log p(x) in nats a cell, by importance sampling from q(z, l | x); the ELBO is below it.
-
-        ``log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x)``, which comes near from below as S grows (Burda et
-        al. 2016). Streamed; a draw depends on (seed, cell, sample) alone.
-
-        Args:
-            adata: other data; that of the model when ``None``.
-            indices: positions of the cells.
-            n_mc_samples: S, draws for each cell.
-            batch_size: cells at a time; does not change the result.
-            return_mean: the mean over cells, or a value for each, ``(n,)`` float64.
-            seed: of the draws.
-            **unsupported: refused by name.
-
-        Raises:
-            OptionError: fewer than one draw.
-
-        Example:
-            >>> model.get_marginal_ll(n_mc_samples=20) >= model.get_elbo()
-            True
-        """
-        refuse("get_marginal_ll", unsupported)
-        at_least_one("n_mc_samples", n_mc_samples)
-        self._must_be_trained()
-        minibatches = self._minibatches(adata, indices, batch_size)
-        found = torch.cat(
-            list(marginal_blocks(self.module, minibatches, self._device, n_samples=n_mc_samples, seed=seed))
-        )
-        return float(found.mean()) if return_mean else found.numpy()

@@ -34,7 +34,7 @@ from atlasvi.scorecard.card import (
     Split,
 )
 from atlasvi.scorecard.cells import CELLS_AT_ONCE, Cells, Column, Terms
-from atlasvi.types import Decodes, Encodes, GeneratesCounts
+from atlasvi.types import Decodes, Encodes, GeneratesCounts, HasPrior
 
 if TYPE_CHECKING:
     from atlasvi.models.base import CountModel
@@ -87,13 +87,14 @@ def with_marginal(
     if found.name != "ELBO":
         what = "of a deterministic code" if isinstance(model.module, Decodes) else "exact already"
         return NotApplicable(part, f"{name} has no posterior to draw from: its log-likelihood is {what}")
-    if not hasattr(model, "get_marginal_ll"):
-        return NotApplicable(part, f"{name} has no get_marginal_ll; SCVI has")
+    module: torch.nn.Module = model.module
+    if not (isinstance(module, HasPrior) and module.prior_has_density):
+        return NotApplicable(part, f"the prior of {name} has no density that is known")
     device, minibatches = model._device, list(cells.minibatches(CELLS_AT_ONCE // 4))
     marginal = torch.cat(
-        list(marginal_blocks(model.module, iter(minibatches), device, n_samples=n_draws, seed=seed))
+        list(marginal_blocks(module, iter(minibatches), device, n_samples=n_draws, seed=seed))
     )
-    terms = elbo_blocks(model.module, iter(minibatches), device, seed=seed)
+    terms = elbo_blocks(module, iter(minibatches), device, seed=seed)
     elbo = torch.cat([-term.elbo.double().cpu() for term in terms])
     return replace(
         found, marginal=rounded(float(marginal.mean())), marginal_elbo=rounded(float(elbo.mean())),

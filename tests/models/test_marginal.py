@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from atlasvi.errors import OptionError
+from atlasvi.models.dca import DCA
+from atlasvi.models.gmvae import GMVAE
+from atlasvi.models.ldvae import LinearSCVI
+from atlasvi.models.scanvi import SCANVI
+from atlasvi.models.scvae import SCVAE
 from atlasvi.models.scvi import SCVI
 
 GRID = torch.linspace(-7, 7, 1_401, dtype=torch.float64)  # of z
@@ -14,9 +19,9 @@ GRID = torch.linspace(-7, 7, 1_401, dtype=torch.float64)  # of z
 
 @pytest.fixture
 def make(adata):
-    def build(**options):
-        SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
-        model = SCVI(adata, n_hidden=16, n_latent=1, **options)
+    def build(kind=SCVI, setup=None, **options):
+        kind.setup_anndata(adata, batch_key="batch", gene_mask=None, **(setup or {}))
+        model = kind(adata, **{"n_hidden": 16, "n_latent": 1, **options})
         model.train(3, batch_size=64, enable_progress_bar=False)
         return model
 
@@ -64,6 +69,30 @@ def test_it_is_the_integral_over_z(prior, make):
     cells = [0, 5, 9]
     found = model.get_marginal_ll(indices=cells, n_mc_samples=2_000, return_mean=False)
     np.testing.assert_allclose(found, [integral(model, cell) for cell in cells], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(LinearSCVI, {"use_observed_lib_size": True}), (SCVAE, {}), (GMVAE, {"n_components": 3})],
+)
+def test_so_it_is_of_the_other_models_with_a_prior(kind, options, make):
+    model = make(kind, **options)
+    model.module.encoder.log_variance.bias.data.add_(2)
+    found = model.get_marginal_ll(indices=[0, 5], n_mc_samples=4_000, return_mean=False)
+    np.testing.assert_allclose(found, [integral(model, cell) for cell in (0, 5)], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setup", "options"),
+    [
+        (SCANVI, {"labels_key": "cell_type", "unlabeled_category": "NK"}, {}),
+        (DCA, {}, {}),
+    ],
+)
+def test_a_model_without_a_density_of_its_prior_says_so(kind, setup, options, make):
+    model = make(kind, setup, **options)
+    with pytest.raises(OptionError, match=f"{kind.__name__} has no get_marginal_ll"):
+        model.get_marginal_ll()
 
 
 def test_of_a_latent_library_it_is_the_integral_over_both(make, monkeypatch):
