@@ -16,11 +16,12 @@ import numpy as np
 import scipy.sparse as sp
 
 FOLDER = "ATLASVI_TEST_DATA"
+SIMULATED = "ATLASVI_PAPER_WORK"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Real counts with labels that were published with them.
+    """Counts, real ones with labels that were published with them or simulated ones whose truth is known.
 
     Args:
         name: the file without ``.h5ad``.
@@ -28,6 +29,10 @@ class DataSet:
         batch_key: column of obs with the batches, or ``None``.
         keep: column of obs and the value that cells must have there, or ``None`` for all cells.
         coarser: from a type to a coarser one; types not named stay as they are.
+        simulation: arguments of `atlasvi.Simulation`, or ``None`` for real counts.
+        n_train: of a simulation, cells to train on; it has an eighth as many for validation besides, and
+            10,000 to test, and of the simulated cells these many are used, from the first. 80 % when
+            ``None``.
     """
 
     name: str
@@ -35,11 +40,38 @@ class DataSet:
     batch_key: str | None = None
     keep: tuple[str, str] | None = None
     coarser: Mapping[str, str] = field(default_factory=dict)
+    simulation: Mapping[str, Any] | None = None
+    n_train: int | None = None
 
     def path(self) -> Path:
-        """Where the file is: in ``ATLASVI_TEST_DATA``, by default ``shared/data`` beside the repository."""
+        """Where the file is: in ``ATLASVI_TEST_DATA``, by default ``shared/data`` beside the repository.
+
+        Simulated counts are in the folder of fits, by default ``.paper``.
+        """
+        if self.simulation is not None:
+            shape = f"{self.simulation['n_obs']}x{self.simulation['n_vars']}"
+            return Path(os.environ.get(SIMULATED, ".paper")) / f"simulated-{shape}.h5ad"
         default = Path(__file__).resolve().parents[3] / "shared" / "data"
         return Path(os.environ.get(FOLDER, default)) / f"{self.name}.h5ad"
+
+    def prepare(self, work: Path) -> None:
+        """Simulate, if these counts are to be and are not in ``work`` yet; needs atlasvi."""
+        os.environ[SIMULATED] = str(work.resolve())
+        if self.simulation is None or self.path().is_file():
+            return
+        from atlasvi import Simulation
+
+        part = self.path().with_suffix(".part")
+        Simulation(**self.simulation).to_anndata().write_h5ad(part, compression="lzf")
+        os.replace(part, self.path())
+
+    def split(self, n_obs: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sorted positions of the training, validation and test cells; each cell once."""
+        if self.n_train is None:
+            return split(n_obs, seed)
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(n_obs)
+        validation, train, test = np.split(order, [self.n_train // 8, self.n_train // 8 + self.n_train])
+        return np.sort(train), np.sort(validation), np.sort(test)
 
     def load(self, *, n_genes: int | None = None) -> anndata.AnnData:
         """Counts as float32 CSR, and obs with ``label`` and ``batch`` as text; genes in the file's order.
@@ -50,6 +82,8 @@ class DataSet:
         if self.keep is not None:
             key, value = self.keep
             adata = adata[(adata.obs[key].astype(str) == value).to_numpy()]
+        if self.n_train is not None:
+            adata = adata[: self.n_train + self.n_train // 8 + N_HELD_OUT]
         adata = adata.copy()
         adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
         for name, key in (("label", self.label_key), ("batch", self.batch_key)):
@@ -64,20 +98,41 @@ class DataSet:
         return np.array([self.coarser.get(label, label) for label in np.asarray(labels).astype(str)])
 
 
+N_HELD_OUT = 10_000
+# One atlas for all numbers of training cells; droplets are cells, and as deep as 720 variable genes are.
+MANY_CELLS = {
+    "n_obs": 122_500,
+    "n_vars": 720,
+    "counts_per_cell": 1_000.0,
+    "doublet_rate": 0.0,
+    "empty_rate": 0.0,
+    "seed": 0,
+}
+# The demo's atlas, with fewer cells.
+DEMO = {"n_obs": 5_000, "n_vars": 2_000, "doublet_rate": 0.0, "empty_rate": 0.0, "seed": 0}
+_T = dict.fromkeys(("memoryt", "regulatoryt", "thelper", "cytotoxict", "naivet", "naivecytotoxic"), "T")
+_CBMC = {"CD4 T": "T", "CD8 T": "T", "CD14+ Mono": "myeloid", "CD16+ Mono": "myeloid", "DC": "myeloid"}
+_KANG = {
+    **dict.fromkeys(("CD4 Naive T", "CD4 Memory T", "CD8 T", "activated T"), "T"),
+    **dict.fromkeys(("B", "activated B"), "B"),
+    **dict.fromkeys(("CD14 Mono", "CD16 Mono", "DC"), "myeloid"),
+}
 SETS = {
     data_set.name: data_set
     for data_set in (
-        DataSet(
-            "pbmc_sorted_reference",
-            "cell_type",
-        ),
+        DataSet("pbmc_sorted_reference", "cell_type", coarser=_T),
         DataSet("worm_neuron", "cell_type"),
-        DataSet("cbmc_citeseq", "cell_type"),
+        DataSet("cbmc_citeseq", "cell_type", coarser=_CBMC),
         DataSet("scmixology_celllines", "cell_type", "batch", ("demuxlet_cls", "SNG")),
-        DataSet("kang_pbmc_ifnb", "cell_type", "batch"),
+        DataSet("kang_pbmc_ifnb", "cell_type", "batch", coarser=_KANG),
         DataSet("pbmc_3chemistries", None, "batch"),
         DataSet("ziegenhain_mesc_umi", None, "batch"),
         DataSet("monocle3_worm_embryo", "cell_type", "batch"),
+        DataSet("demo", "cell_type", "batch", simulation=DEMO),
+        *(
+            DataSet(f"simulated_{n}k", "cell_type", "batch", simulation=MANY_CELLS, n_train=1_000 * n)
+            for n in (4, 10, 15, 50, 100)
+        ),
     )
 }
 

@@ -7,6 +7,7 @@ Each library fits in a process of its own, under the Python of its own environme
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,12 +17,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paper.data import SETS, SIMULATED
+
 # From a method to the side that fits it. A peer's column holds the peer's own code, never ours.
 SIDES = {
     "atlasvi": "atlasvi",
+    "atlasvi SCVAE": "atlasvi",
+    "atlasvi GMVAE": "atlasvi",
+    "atlasvi DCA": "atlasvi",
+    "atlasvi FA": "atlasvi",
+    "atlasvi PPCA": "atlasvi",
     "scvi-tools": "scvi_tools",
     "PCA": "classic",
     "FA": "classic",
+    "scikit-learn FA": "classic",
+    "scikit-learn PPCA": "classic",
     "Harmony": "classic",
     "ComBat": "classic",
 }
@@ -37,7 +47,8 @@ class Job:
         seed: of the split and of training.
         n_genes: the most variable ones, or ``None`` for all.
         n_latent: dimensions.
-        options: of the method.
+        max_epochs: most passes over the training cells; ``None`` for what the method does of itself.
+        options: of the method's model, such as its constructor takes.
     """
 
     method: str
@@ -45,6 +56,7 @@ class Job:
     seed: int = 0
     n_genes: int | None = None
     n_latent: int = 10
+    max_epochs: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -53,7 +65,9 @@ class Job:
         more = [f"{k}={v}" for k, v in sorted(self.options.items())]
         genes = [] if self.n_genes is None else [f"{self.n_genes}genes"]
         latent = [] if self.n_latent == 10 else [f"{self.n_latent}latent"]
-        return "-".join([self.data, self.method, *genes, *latent, *more, str(self.seed)]).replace(" ", "_")
+        epochs = [] if self.max_epochs is None else [f"{self.max_epochs}epochs"]
+        parts = [self.data, self.method, *genes, *latent, *epochs, *more, str(self.seed)]
+        return "-".join(parts).replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,11 @@ def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:
 
     Returns:
         ``latent`` (n_obs, n_latent) of all cells and, as scalars, what the method can say of the test cells
-        in nats a cell: ``elbo``, ``marginal`` (importance sampling), ``log_likelihood`` (exact); ``seconds``
-        of training; ``versions`` as JSON text.
+        in nats a cell: ``elbo``, ``elbo_refitted`` (the encoder fitted anew to the test cells),
+        ``reconstruction`` (E log p(x|z)), ``marginal`` (importance sampling from the refitted
+        encoder, or, where it cannot be, from the trained one), ``log_likelihood`` (exact);
+        ``seconds`` and ``epochs`` of training; ``versions`` as JSON text. A trained model lies beside the
+        file, in a folder that ends in ``.model``.
     """
     side = SIDES[job.method]
     path = work / f"{job.name}.npz"
@@ -89,9 +106,11 @@ def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:
         if python is None:
             return None
         work.mkdir(parents=True, exist_ok=True)
+        SETS[job.data].prepare(work)
         subprocess.run(
             [python, "-W", "ignore", "-m", f"benchmarks.paper.sides.{side}", json.dumps(asdict(job)), path],
             check=True,
+            env={**os.environ, SIMULATED: str(work.resolve())},
         )
     with np.load(path) as arrays:
         return dict(arrays)

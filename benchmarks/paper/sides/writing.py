@@ -14,6 +14,15 @@ import numpy as np
 
 from benchmarks.paper.fits import Job
 
+# Draws of z a cell over which an ELBO is averaged, and of importance sampling: the same for all.
+ELBO_DRAWS = 10
+MARGINAL_DRAWS = 100
+
+
+def kept() -> Path:
+    """Folder beside the arrays for the trained model, so that what was not asked for needs no new fit."""
+    return Path(sys.argv[2]).with_suffix(".model")
+
 
 def main(fit: Callable[[Job], Mapping[str, Any]], *packages: str) -> None:
     """Run ``fit`` on the job of the command line; the file is whole or is not there."""
