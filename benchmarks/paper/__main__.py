@@ -10,11 +10,12 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks.paper import page
 from benchmarks.paper.fits import Pythons
 from benchmarks.paper.options import Options
 from benchmarks.paper.record import RESULTS
 
-EXPERIMENTS = ("clustering",)
+EXPERIMENTS = ("heldout", "clustering", "batches", "cost")
 
 
 def main() -> None:
@@ -29,10 +30,15 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--quick", action="store_true", help="atlasvi alone, on little data")
+    parser.add_argument("--page", action="store_true", help="run nothing; tables and pictures of docs/")
     parser.add_argument("--work", type=Path, default=Path(".paper"), help="folder of fits")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--scvi-tools", help="Python of an environment with scvi-tools")
     parser.add_argument("--classic", help="Python of an environment with the other peers")
+    parser.add_argument(
+        "--limit", type=float, default=3_600.0, help="cost: seconds until a method is stopped"
+    )
+    parser.add_argument("--largest", type=int, default=1_000_000, help="cost: cells of 2,000 genes at most")
     given = parser.parse_args()
     options = Options(
         seeds=given.seeds,
@@ -41,8 +47,13 @@ def main() -> None:
         quick=given.quick,
         work=given.work,
         results=given.results,
-        pythons=Pythons(given.scvi_tools, given.classic),
+        pythons=Pythons(given.scvi_tools, given.classic, here=given.quick),
+        limit=given.limit,
+        largest=given.largest,
     )
+    if given.page:
+        page.write(given.name, options)
+        return
     import_module(f"benchmarks.paper.{given.name}").run(options)
 
 

@@ -33,6 +33,8 @@ class DataSet:
         n_train: of a simulation, cells to train on; it has an eighth as many for validation besides, and
             10,000 to test, and of the simulated cells these many are used, from the first. 80 % when
             ``None``.
+        n_genes: how many of the most variable genes the experiments use besides all, ``None`` where there
+            are few anyway.
     """
 
     name: str
@@ -42,6 +44,7 @@ class DataSet:
     coarser: Mapping[str, str] = field(default_factory=dict)
     simulation: Mapping[str, Any] | None = None
     n_train: int | None = None
+    n_genes: int | None = None
 
     def path(self) -> Path:
         """Where the file is: in ``ATLASVI_TEST_DATA``, by default ``shared/data`` beside the repository.
@@ -56,6 +59,7 @@ class DataSet:
 
     def prepare(self, work: Path) -> None:
         """Simulate, if these counts are to be and are not in ``work`` yet; needs atlasvi."""
+        work.mkdir(parents=True, exist_ok=True)
         os.environ[SIMULATED] = str(work.resolve())
         if self.simulation is None or self.path().is_file():
             return
@@ -93,12 +97,18 @@ class DataSet:
             adata = adata[:, most_variable(adata.X, n_genes)].copy()
         return adata
 
+    def n_labels(self, work: Path) -> int:
+        """How many types there are."""
+        self.prepare(work)
+        return self.load().obs["label"].nunique()
+
     def coarse(self, labels: Any) -> np.ndarray:
         """Labels at the coarser cut."""
         return np.array([self.coarser.get(label, label) for label in np.asarray(labels).astype(str)])
 
 
 N_HELD_OUT = 10_000
+GENES = 2_000
 # One atlas for all numbers of training cells; droplets are cells, and as deep as 720 variable genes are.
 MANY_CELLS = {
     "n_obs": 122_500,
@@ -110,6 +120,8 @@ MANY_CELLS = {
 }
 # The demo's atlas, with fewer cells.
 DEMO = {"n_obs": 5_000, "n_vars": 2_000, "doublet_rate": 0.0, "empty_rate": 0.0, "seed": 0}
+# What the tests run.
+LITTLE = {**DEMO, "n_obs": 600, "n_vars": 100, "n_types": 3, "counts_per_cell": 200.0}
 _T = dict.fromkeys(("memoryt", "regulatoryt", "thelper", "cytotoxict", "naivet", "naivecytotoxic"), "T")
 _CBMC = {"CD4 T": "T", "CD8 T": "T", "CD14+ Mono": "myeloid", "CD16+ Mono": "myeloid", "DC": "myeloid"}
 _KANG = {
@@ -117,18 +129,21 @@ _KANG = {
     **dict.fromkeys(("B", "activated B"), "B"),
     **dict.fromkeys(("CD14 Mono", "CD16 Mono", "DC"), "myeloid"),
 }
+# Simulated types are named by their lineage and a number.
+_LINEAGES = {f"{lineage}{k}": lineage for lineage in "ABCD" for k in range(1, 4)}
 SETS = {
     data_set.name: data_set
     for data_set in (
-        DataSet("pbmc_sorted_reference", "cell_type", coarser=_T),
-        DataSet("worm_neuron", "cell_type"),
+        DataSet("pbmc_sorted_reference", "cell_type", coarser=_T, n_genes=GENES),
+        DataSet("worm_neuron", "cell_type", n_genes=GENES),
         DataSet("cbmc_citeseq", "cell_type", coarser=_CBMC),
-        DataSet("scmixology_celllines", "cell_type", "batch", ("demuxlet_cls", "SNG")),
-        DataSet("kang_pbmc_ifnb", "cell_type", "batch", coarser=_KANG),
-        DataSet("pbmc_3chemistries", None, "batch"),
+        DataSet("scmixology_celllines", "cell_type", "batch", ("demuxlet_cls", "SNG"), n_genes=GENES),
+        DataSet("kang_pbmc_ifnb", "cell_type", "batch", coarser=_KANG, n_genes=GENES),
+        DataSet("pbmc_3chemistries", None, "batch", n_genes=GENES),
         DataSet("ziegenhain_mesc_umi", None, "batch"),
-        DataSet("monocle3_worm_embryo", "cell_type", "batch"),
-        DataSet("demo", "cell_type", "batch", simulation=DEMO),
+        DataSet("monocle3_worm_embryo", "cell_type", "batch", n_genes=GENES),
+        DataSet("demo", "cell_type", "batch", coarser=_LINEAGES, simulation=DEMO),
+        DataSet("little", "cell_type", "batch", coarser=_LINEAGES, simulation=LITTLE),
         *(
             DataSet(f"simulated_{n}k", "cell_type", "batch", simulation=MANY_CELLS, n_train=1_000 * n)
             for n in (4, 10, 15, 50, 100)

@@ -77,10 +77,12 @@ class Pythons:
     Args:
         scvi_tools: of an environment made by ``benchmarks/peers/scvi_tools_env.sh``.
         classic: of one made by ``benchmarks/peers/classic_env.sh``.
+        here: fit atlasvi's models in this process, as the tests do on little data.
     """
 
     scvi_tools: str | None = None
     classic: str | None = None
+    here: bool = False
 
     def of(self, side: str) -> str | None:
         """The interpreter, or ``None``."""
@@ -100,12 +102,20 @@ def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:
         file, in a folder that ends in ``.model``.
     """
     side = SIDES[job.method]
+    if side == "atlasvi" and pythons.here and not (path := work / f"{job.name}.npz").is_file():
+        from benchmarks.paper.sides import atlasvi, writing
+
+        SETS[job.data].prepare(work)
+        writing.write(atlasvi.fit, job, path, *atlasvi.PACKAGES)
+    return made(job, side, pythons.of(side), work)
+
+
+def made(job: Job, side: str, python: str | None, work: Path) -> dict[str, np.ndarray] | None:
+    """The arrays that a side makes of a job; ``None`` if there are none yet and no interpreter."""
     path = work / f"{job.name}.npz"
     if not path.is_file():
-        python = pythons.of(side)
         if python is None:
             return None
-        work.mkdir(parents=True, exist_ok=True)
         SETS[job.data].prepare(work)
         subprocess.run(
             [python, "-W", "ignore", "-m", f"benchmarks.paper.sides.{side}", json.dumps(asdict(job)), path],

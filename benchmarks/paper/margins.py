@@ -38,7 +38,7 @@ MARGINS = {
     "ari_coarse": Margin(0.02),
     "nmi_coarse": Margin(0.02),
     "silhouette": Margin(0.02),
-    # Batches: the entropy as a share of its ceiling; silhouettes of batches are best at 0, so their size counts.
+    # Batches: entropy as a share of its ceiling; a silhouette of batches is best at 0, so its size counts.
     "mixing": Margin(0.02),
     "batch_silhouette_size": Margin(0.02, higher=False),
     "ilisi": Margin(0.02),

@@ -21,6 +21,8 @@ class Options:
         work: folder of fits, which are made once.
         results: folder of the JSON files.
         pythons: interpreters of the peers.
+        limit: of `cost`, seconds after which a method counts as stopped.
+        largest: of `cost`, the largest size, as cells of 2,000 genes.
     """
 
     seeds: int = 5
@@ -30,3 +32,5 @@ class Options:
     work: Path = Path(".paper")
     results: Path = RESULTS
     pythons: Pythons = field(default_factory=Pythons)
+    limit: float = 3_600.0
+    largest: int = 1_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -40,14 +41,20 @@ class Record:
         """Rows with these values, in the order in which they were made."""
         return [row for row in self.rows if all(row.get(k) == v for k, v in key.items())]
 
-    def add(self, row: Row) -> None:
-        """Keep a row, on disk too."""
-        self.rows.append(row)
+    def only(self, **key: Any) -> Record:
+        """A view of the rows with these values."""
+        found = copy.copy(self)
+        found.rows = self.where(**key)
+        return found
+
+    def add(self, *rows: Row) -> None:
+        """Keep rows, on disk too: all of them or none."""
+        self.rows += rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
-        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        lines = ",\n  ".join(json.dumps(row) for row in self.rows)
         head = json.dumps(self.definitions, indent=1)
-        part.write_text(f'{{"definitions": {head},\n "rows": [\n  {rows}\n ]}}\n')
+        part.write_text(f'{{"definitions": {head},\n "rows": [\n  {lines}\n ]}}\n')
         os.replace(part, self.path)
 
     def values(self, measure: str, seeds: list[int] | None = None, **key: Any) -> dict[int, float]:

@@ -13,8 +13,9 @@ import torch
 import atlasvi
 from benchmarks.paper.data import SETS
 from benchmarks.paper.fits import Job
-from benchmarks.paper.sides.writing import ELBO_DRAWS, MARGINAL_DRAWS, kept, main
+from benchmarks.paper.sides.writing import ELBO_DRAWS, MARGINAL_DRAWS, main
 
+PACKAGES = ("atlasvi", "torch", "numpy")
 MODELS: dict[str, Any] = {
     "atlasvi": atlasvi.SCVI,
     "atlasvi SCVAE": atlasvi.SCVAE,
@@ -27,7 +28,6 @@ MODELS: dict[str, Any] = {
 
 def fit(job: Job) -> dict[str, Any]:
     """Train on the training cells, stop by the validation cells, score the test cells."""
-    torch.set_num_threads(1)
     data_set, kind = SETS[job.data], MODELS[job.method]
     adata = data_set.load(n_genes=job.n_genes)
     is_scvi = kind is atlasvi.SCVI
@@ -45,8 +45,8 @@ def fit(job: Job) -> dict[str, Any]:
             start = time.perf_counter()
             model.train(job.max_epochs, train_size=share, seed=job.seed, enable_progress_bar=False)
             seconds = time.perf_counter() - start
-            model.save(kept(), overwrite=True)
             found = {
+                "model": model,
                 "latent": model.get_latent_representation(atlas),
                 "seconds": seconds,
                 "epochs": len(model.records),
@@ -83,4 +83,5 @@ def elbo(model: Any, cells: atlasvi.Atlas) -> float:
 
 
 if __name__ == "__main__":
-    main(fit, "atlasvi", "torch", "numpy")
+    torch.set_num_threads(1)
+    main(fit, *PACKAGES)

@@ -17,6 +17,8 @@ from benchmarks.paper.data import SETS
 from benchmarks.paper.fits import Job
 from benchmarks.paper.sides.writing import main
 
+PACKAGES = ("scikit-learn", "scanpy", "harmonypy", "numpy")
+
 
 def fit(job: Job) -> dict[str, Any]:
     """The latent of all cells, or the likelihood of the test cells."""
@@ -58,4 +60,4 @@ def latent(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(fit, "scikit-learn", "scanpy", "numpy", "harmonypy")
+    main(fit, *PACKAGES)

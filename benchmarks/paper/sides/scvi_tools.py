@@ -10,6 +10,7 @@ import copy
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from scvi.train import SaveCheckpoint
 
 from benchmarks.paper.data import SETS
 from benchmarks.paper.fits import Job
-from benchmarks.paper.sides.writing import ELBO_DRAWS, MARGINAL_DRAWS, kept, main
+from benchmarks.paper.sides.writing import ELBO_DRAWS, MARGINAL_DRAWS, main
 
+PACKAGES = ("scvi-tools", "torch", "numpy")
 WARMUP_EPOCHS = 20
 PATIENCE = 15
 MAX_EPOCHS = 400
@@ -32,22 +34,53 @@ REFIT_RATE = 1e-3
 
 def fit(job: Job) -> dict[str, Any]:
     """Train on the training cells, stop by the validation cells, score the test cells."""
+    data_set = SETS[job.data]
+    adata = data_set.load(n_genes=job.n_genes)
+    parts = data_set.split(adata.n_obs, job.seed)
+    batch_key = "batch" if "batch" in adata.obs else None
+    model, seconds = train(
+        adata, batch_key, parts, job.seed, job.max_epochs, n_latent=job.n_latent, **job.options
+    )
+    test = parts[2]
+    found = {
+        "model": model,
+        "latent": model.get_latent_representation(),
+        "elbo": elbo(model, test),
+        "reconstruction": -float(model.get_reconstruction_error(indices=test)["reconstruction_loss"]),
+        "seconds": seconds,
+        "epochs": len(model.history["elbo_validation"]),
+    }
+    encoder = model.module.z_encoder
+    trained = copy.deepcopy(encoder.state_dict())
+    refit(model, test)
+    marginal = model.get_marginal_ll(indices=test, n_mc_samples=MARGINAL_DRAWS, n_mc_samples_per_pass=10)
+    found |= {"elbo_refitted": elbo(model, test), "marginal": float(marginal)}
+    encoder.load_state_dict(trained)
+    return found
+
+
+def train(
+    adata: Any,
+    batch_key: str | None,
+    parts: Sequence[np.ndarray],
+    seed: int,
+    max_epochs: int | None = None,
+    **options: Any,
+) -> tuple[Any, float]:
+    """A model of the cells of ``parts`` (training, validation, others), and the seconds it took."""
     torch.set_num_threads(1)
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    scvi.settings.seed = job.seed
-    data_set = SETS[job.data]
-    adata = data_set.load(n_genes=job.n_genes)
-    train, validation, test = data_set.split(adata.n_obs, job.seed)
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch" if "batch" in adata.obs else None)
-    model = scvi.model.SCVI(adata, n_latent=job.n_latent, **{"gene_likelihood": "zinb", **job.options})
+    scvi.settings.seed = seed
+    scvi.model.SCVI.setup_anndata(adata, batch_key=batch_key)
+    model = scvi.model.SCVI(adata, **{"gene_likelihood": "zinb", **options})
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         keep = SaveCheckpoint(
             dirpath=folder, monitor="elbo_validation", load_best_on_end=True, check_nan_gradients=False
         )
         model.train(
-            max_epochs=job.max_epochs or MAX_EPOCHS,
+            max_epochs=max_epochs or MAX_EPOCHS,
             accelerator="cpu",
             enable_progress_bar=False,
             check_val_every_n_epoch=1,
@@ -57,20 +90,9 @@ def fit(job: Job) -> dict[str, Any]:
             enable_checkpointing=True,
             callbacks=[keep],
             plan_kwargs={"n_epochs_kl_warmup": WARMUP_EPOCHS},
-            datasplitter_kwargs={"external_indexing": [train, validation, test]},
+            datasplitter_kwargs={"external_indexing": list(parts)},
         )
-    seconds = time.perf_counter() - start
-    model.save(str(kept()), overwrite=True)
-    found = {
-        "latent": model.get_latent_representation(),
-        "elbo": elbo(model, test),
-        "reconstruction": -float(model.get_reconstruction_error(indices=test)["reconstruction_loss"]),
-        "seconds": seconds,
-        "epochs": len(model.history["elbo_validation"]),
-    }
-    refit(model, test)
-    marginal = model.get_marginal_ll(indices=test, n_mc_samples=MARGINAL_DRAWS, n_mc_samples_per_pass=10)
-    return {**found, "elbo_refitted": elbo(model, test), "marginal": float(marginal)}
+    return model, time.perf_counter() - start
 
 
 def elbo(model: Any, cells: np.ndarray, draws: int = ELBO_DRAWS) -> float:
@@ -109,4 +131,4 @@ def refit(model: Any, cells: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    main(fit, "scvi-tools", "torch", "numpy")
+    main(fit, *PACKAGES)

@@ -19,15 +19,21 @@ ELBO_DRAWS = 10
 MARGINAL_DRAWS = 100
 
 
-def kept() -> Path:
-    """Folder beside the arrays for the trained model, so that what was not asked for needs no new fit."""
-    return Path(sys.argv[2]).with_suffix(".model")
-
-
 def main(fit: Callable[[Job], Mapping[str, Any]], *packages: str) -> None:
-    """Run ``fit`` on the job of the command line; the file is whole or is not there."""
-    job, out = Job(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    """Run ``fit`` on the job of the command line."""
+    write(fit, Job(**json.loads(sys.argv[1])), Path(sys.argv[2]), *packages)
+
+
+def write(fit: Callable[[Job], Mapping[str, Any]], job: Job, out: Path, *packages: str) -> None:
+    """The arrays of ``fit``, and its ``model``, if it has one, in a folder beside them.
+
+    The model is there so that what was not asked for needs no new fit. The file is whole or is not there.
+    """
+    found = dict(fit(job))
+    model = found.pop("model", None)
+    if model is not None:
+        model.save(str(out.with_suffix(".model")), overwrite=True)
     versions = json.dumps({name: metadata.version(name) for name in packages})
     part = out.with_name(out.name + ".part.npz")
-    np.savez(part, versions=versions, **fit(job))
+    np.savez(part, versions=versions, **found)
     os.replace(part, out)

@@ -1,0 +1,145 @@
+"""Batch removal (the paper's Figure 4), always beside what of the labels is kept.
+
+Entropy of batch mixing as in the paper: the mean over 100 random cells of the entropy of the batches among
+their 50 nearest neighbours, 50 times over, as a share of its ceiling, the entropy of the batches in all
+cells. Batches that differ in their types cannot reach it and should not. In ziegenhain_mesc_umi all cells are
+of one type, so that full mixing is the truth; in scmixology_celllines labels are genotypes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlasvi.metrics import clustering_scores, entropy_of_batch_mixing, silhouette
+from benchmarks.paper.data import SETS, DataSet
+from benchmarks.paper.methods import DEFAULTS, OURS, PEER, rows, scalars
+from benchmarks.paper.options import Options
+from benchmarks.paper.pictures import dots, forest
+from benchmarks.paper.record import Record, Row
+from benchmarks.paper.tables import difference_table, differences, mean_of, n_seeds, table
+
+DATA = ("scmixology_celllines", "kang_pbmc_ifnb", "pbmc_3chemistries", "ziegenhain_mesc_umi")
+METHODS = ("atlasvi", "scvi-tools", "Harmony", "ComBat + PCA", "PCA")
+MEASURES = ("mixing", "batch_silhouette_size", "ilisi", "kbet", "ari", "nmi", "silhouette")
+N_NEIGHBORS, N_INIT = 50, 200
+DEFINITIONS = {
+    "entropy, ceiling, mixing": "entropy of batch mixing in nats, its ceiling, and their ratio; "
+    f"{N_NEIGHBORS} neighbours, or a tenth of the cells where that is less",
+    "batch_silhouette, batch_silhouette_size": "of the batches in the latent, ideally 0, and its size",
+    "ilisi, kbet": "scib-metrics, exact neighbours, 90 or a third of the cells: 1 is full mixing",
+    "ari, nmi": f"k-means of the latent of all cells, as many clusters as labels, {N_INIT} starts",
+    "silhouette": "of the labels in the latent",
+}
+
+
+def run(options: Options) -> None:
+    """Make the rows that are not there yet."""
+    record = Record(options.results / "batches.json", DEFINITIONS)
+    for name in options.data or (("little",) if options.quick else DATA):
+        data_set = SETS[name]
+        data_set.prepare(options.work)
+        methods = options.methods or (METHODS[:1] if options.quick else METHODS)
+        for genes in dict.fromkeys((data_set.n_genes, None)):
+            _run(record, options, data_set, genes, methods)
+
+
+def _run(
+    record: Record, options: Options, data_set: DataSet, genes: int | None, methods: tuple[str, ...]
+) -> None:
+    obs, made, latents = None, [], []
+    for key, arrays in rows(record, options, data_set.name, genes, methods):
+        obs = data_set.load().obs if obs is None else obs
+        found = scores(arrays["latent"], obs, 10 if options.quick else N_INIT)
+        made.append({**key, **found, **scalars(arrays, "seconds"), "versions": str(arrays["versions"])})
+        latents.append(arrays["latent"])
+        print(made[-1], flush=True)
+    if made:
+        both = scib(latents, obs["batch"], options.pythons.classic)
+        record.add(*({**row, **more} for row, more in zip(made, both, strict=True)))
+
+
+def scores(latent: np.ndarray, obs: Any, n_init: int) -> Row:
+    """Of mixing and of labels, with a fixed seed: what varies is the fit."""
+    batch = np.asarray(obs["batch"].astype(str))
+    mixed = entropy_of_batch_mixing(latent, batch, seed=0, n_neighbors=min(N_NEIGHBORS, len(batch) // 10))
+    width = silhouette(latent, batch, seed=0)[0]
+    found = {
+        "entropy": mixed.entropy,
+        "ceiling": mixed.ceiling,
+        "mixing": mixed.entropy / mixed.ceiling,
+        "batch_silhouette": width,
+        "batch_silhouette_size": abs(width),
+    }
+    if "label" in obs:
+        labels = np.asarray(obs["label"].astype(str))
+        agreement = clustering_scores(latent, labels, seed=0, n_init=n_init)
+        found |= {"ari": agreement.ari, "nmi": agreement.nmi}
+        found["silhouette"] = silhouette(latent, labels, seed=0)[0]
+    return found
+
+
+def scib(latents: list[np.ndarray], batch: Any, python: str | None) -> list[Row]:
+    """iLISI and kBET by the peer, in one process for all latents; nothing without its interpreter."""
+    if python is None:
+        return [{} for _ in latents]
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "latents.npz", Path(folder) / "out.json"
+        codes = np.unique(np.asarray(batch.astype(str)), return_inverse=True)[1]
+        np.savez(given, batch=codes, **{f"latent{i}": latent for i, latent in enumerate(latents)})
+        side = "benchmarks.paper.sides.scib"
+        subprocess.run([python, "-W", "ignore", "-m", side, given, out], check=True)
+        found = json.loads(out.read_text())
+    return [found[f"latent{i}"] for i in range(len(latents))]
+
+
+def tables(record: Record) -> dict[str, str]:
+    """Markdown."""
+    usual = record.only(**DEFAULTS)
+    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
+    shown = ("mixing", "batch_silhouette", "ilisi", "kbet", "ari", "nmi", "silhouette")
+    lines = []
+    for data, genes in sets:
+        for method in METHODS:
+            key = {"data": data, "genes": genes, "method": method}
+            if usual.has(**key):
+                values = [mean_of(usual, m, **key) for m in shown]
+                head = [data, f"{genes:,}" if genes != "all" else "all", method]
+                lines.append([*head, *values, n_seeds(usual, **key)])
+    heads = (
+        "data", "genes", "method", "mixing", "silhouette of batches", "iLISI", "kBET", "ARI", "NMI",
+        "silhouette of labels", "seeds",
+    )  # fmt: skip
+    return {
+        "differences": difference_table(differences(usual, sets, MEASURES)),
+        "methods": table(heads, lines, words=3),
+    }
+
+
+def pictures(record: Record) -> dict[str, str]:
+    """SVG files."""
+    usual = record.only(**DEFAULTS)
+    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
+    panels = {}
+    for data, genes in sets:
+        if genes == (SETS[data].n_genes or "all"):
+            found = {m: usual.values("mixing", data=data, genes=genes, method=m) for m in METHODS}
+            panels[data] = {m: list(values.values()) for m, values in found.items() if values}
+    return {
+        "evidence-batches.svg": dots(
+            panels,
+            "entropy of batch mixing, as a share of its ceiling",
+            alt="Entropy of batch mixing of each method by data set, a dot a seed",
+            low=0.0,
+            high=1.0,
+        ),
+        "evidence-batches-differences.svg": forest(
+            differences(usual, sets, MEASURES),
+            alt=f"Batch mixing and agreement with labels, {OURS} less {PEER}, in margins",
+        ),
+    }

@@ -1,0 +1,119 @@
+"""Markdown tables of what is in a record, and differences of ours to the peer's, paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper.margins import MARGINS
+from benchmarks.paper.methods import OURS, PEER
+from benchmarks.paper.record import Difference, Record, paired
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A difference, and of what.
+
+    Args:
+        data: name of the set.
+        genes: how many, or ``"all"``.
+        measure: its name in the record.
+        ours: mean over the seeds that both have.
+        theirs: likewise.
+        difference: paired by seed.
+    """
+
+    data: str
+    genes: int | str
+    measure: str
+    ours: float
+    theirs: float
+    difference: Difference
+
+
+def differences(
+    record: Record,
+    sets: Iterable[tuple[str, int | str]],
+    measures: Sequence[str],
+    ours: str = OURS,
+    theirs: str = PEER,
+) -> list[Compared]:
+    """Of each set and measure that both have a value of."""
+    found = []
+    for data, genes in sets:
+        for measure in measures:
+            a = record.values(measure, data=data, genes=genes, method=ours)
+            b = record.values(measure, data=data, genes=genes, method=theirs)
+            shared = sorted(set(a) & set(b))
+            if not shared:
+                continue
+            means = [float(np.mean([side[s] for s in shared])) for side in (a, b)]
+            margin = MARGINS[measure]
+            gain = paired(a, b, margin=margin.of(means[1]), higher=margin.higher)
+            found.append(Compared(data, genes, measure, *means, gain))
+    return found
+
+
+def difference_table(found: Sequence[Compared], theirs: str = PEER) -> str:
+    """A line for each."""
+    lines = []
+    for c in found:
+        d = c.difference
+        interval = f"{number(d.low, sign=True)} to {number(d.high, sign=True)}" if d.n > 1 else ""
+        lines.append(
+            [
+                c.data, _genes(c.genes), NAMES.get(c.measure, c.measure), number(c.ours), number(c.theirs),
+                number(d.gain, sign=True), interval, number(d.margin), f"{d.n}", d.word,
+            ]
+        )  # fmt: skip
+    heads = ("data", "genes", "measure", OURS, theirs, "gain", "95 % interval", "margin", "seeds", "")
+    return table(heads, lines)
+
+
+NAMES = {
+    "elbo": "ELBO",
+    "elbo_refitted": "ELBO, refitted",
+    "marginal": "importance sampling",
+    "ari": "ARI",
+    "nmi": "NMI",
+    "ari_coarse": "ARI, coarse",
+    "nmi_coarse": "NMI, coarse",
+    "silhouette": "silhouette",
+    "mixing": "mixing, share of ceiling",
+    "batch_silhouette_size": "silhouette of batches, size",
+    "ilisi": "iLISI",
+    "kbet": "kBET",
+}
+
+
+def mean_of(record: Record, measure: str, **key: Any) -> str:
+    """Mean over seeds, with the standard deviation where there are several; empty without a value."""
+    values = list(record.values(measure, **key).values())
+    if not values:
+        return ""
+    spread = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return number(float(np.mean(values))) + spread
+
+
+def n_seeds(record: Record, **key: Any) -> str:
+    """How many."""
+    return str(len({row["seed"] for row in record.where(**key)}))
+
+
+def number(value: float, *, sign: bool = False) -> str:
+    """As many digits as tell something."""
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+
+
+def _genes(genes: int | str) -> str:
+    return genes if isinstance(genes, str) else f"{genes:,}"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Markdown; the first columns are words."""
+    rule = ["---"] * words + ["---:"] * (len(heads) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
