@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from atlasvi import Simulation, ingest
 from atlasvi.plots import Line, as_file, line_chart, palette
 from benchmarks.paper.options import Options
 from benchmarks.paper.record import Record, Row
@@ -61,24 +62,38 @@ def run(options: Options) -> None:
             continue
         with tempfile.TemporaryDirectory(dir=options.work if options.work.is_dir() else None) as folder:
             needs = {"store" if key["method"].startswith("atlasvi") else "h5ad" for key in keys}
-            inputs = simulate(Path(folder), n_obs, n_vars, needs)
+            inputs = simulate(Path(folder), n_obs, n_vars, needs, here=options.quick)
             for key in keys:
                 record.add({**key, **measure(key["method"], inputs, Path(folder), options)})
                 print(record.rows[-1], flush=True)
 
 
-def simulate(folder: Path, n_obs: int, n_vars: int, needs: set[str]) -> dict[str, Path]:
-    """The same counts as a store and as h5ad; in a process of its own, whose memory is given back."""
+def simulate(
+    folder: Path, n_obs: int, n_vars: int, needs: set[str], *, here: bool = False
+) -> dict[str, Path]:
+    """The same counts as a store and as h5ad; unless ``here``, by a process whose memory is given back."""
     found = {kind: folder / f"counts.{'zarr' if kind == 'store' else kind}" for kind in sorted(needs)}
-    code = (
-        "import sys; from atlasvi import Simulation, ingest\n"
-        "n, g, kind, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]\n"
-        f"atlas = Simulation(n, g, counts_per_cell={COUNTS_PER_GENE} * g, n_types=max(2, min(8, g // 50)))\n"
-        "ingest(atlas, path) if kind == 'store' else atlas.to_anndata().write_h5ad(path)"
-    )
     for kind, path in found.items():
-        subprocess.run([sys.executable, "-c", code, str(n_obs), str(n_vars), kind, path], check=True)
+        if here:
+            write_counts(n_obs, n_vars, kind, path)
+        else:
+            code = (
+                "import sys; from benchmarks.paper.cost import write_counts\n"
+                "n_obs, n_vars, kind, path = sys.argv[1:]\n"
+                "write_counts(int(n_obs), int(n_vars), kind, path)"
+            )
+            subprocess.run([sys.executable, "-c", code, str(n_obs), str(n_vars), kind, path], check=True)
     return found
+
+
+def write_counts(n_obs: int, n_vars: int, kind: str, path: str | Path) -> None:
+    """A simulated atlas as ``"store"``, streamed, or as ``"h5ad"``, which makes it in memory."""
+    types = max(2, min(8, n_vars // 50))
+    atlas = Simulation(n_obs, n_vars, counts_per_cell=COUNTS_PER_GENE * n_vars, n_types=types)
+    if kind == "store":
+        ingest(atlas, path)
+    else:
+        atlas.to_anndata().write_h5ad(path)
 
 
 def measure(method: str, inputs: dict[str, Path], folder: Path, options: Options) -> Row:

@@ -121,7 +121,7 @@ MANY_CELLS = {
 # The demo's atlas, with fewer cells.
 DEMO = {"n_obs": 5_000, "n_vars": 2_000, "doublet_rate": 0.0, "empty_rate": 0.0, "seed": 0}
 # What the tests run.
-LITTLE = {**DEMO, "n_obs": 600, "n_vars": 100, "n_types": 3, "counts_per_cell": 200.0}
+LITTLE = {**DEMO, "n_obs": 600, "n_vars": 100, "n_types": 4, "counts_per_cell": 200.0}
 _T = dict.fromkeys(("memoryt", "regulatoryt", "thelper", "cytotoxict", "naivet", "naivecytotoxic"), "T")
 _CBMC = {"CD4 T": "T", "CD8 T": "T", "CD14+ Mono": "myeloid", "CD16+ Mono": "myeloid", "DC": "myeloid"}
 _KANG = {

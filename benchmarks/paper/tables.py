@@ -61,12 +61,13 @@ def difference_table(found: Sequence[Compared], theirs: str = PEER) -> str:
     """A line for each."""
     lines = []
     for c in found:
-        d = c.difference
-        interval = f"{number(d.low, sign=True)} to {number(d.high, sign=True)}" if d.n > 1 else ""
+        d, digits = c.difference, _digits(c.theirs)
+        ends = [number(end, sign=True, digits=digits) for end in (d.low, d.high)]
         lines.append(
             [
                 c.data, _genes(c.genes), NAMES.get(c.measure, c.measure), number(c.ours), number(c.theirs),
-                number(d.gain, sign=True), interval, number(d.margin), f"{d.n}", d.word,
+                number(d.gain, sign=True, digits=digits), " to ".join(ends) if d.n > 1 else "",
+                number(d.margin, digits=max(digits, 2)), f"{d.n}", d.word,
             ]
         )  # fmt: skip
     heads = ("data", "genes", "measure", OURS, theirs, "gain", "95 % interval", "margin", "seeds", "")
@@ -94,8 +95,9 @@ def mean_of(record: Record, measure: str, **key: Any) -> str:
     values = list(record.values(measure, **key).values())
     if not values:
         return ""
-    spread = f" ± {number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
-    return number(float(np.mean(values))) + spread
+    mean, digits = float(np.mean(values)), _digits(float(np.mean(values)))
+    spread = f" ± {number(float(np.std(values, ddof=1)), digits=digits)}" if len(values) > 1 else ""
+    return number(mean, digits=digits) + spread
 
 
 def n_seeds(record: Record, **key: Any) -> str:
@@ -103,10 +105,15 @@ def n_seeds(record: Record, **key: Any) -> str:
     return str(len({row["seed"] for row in record.where(**key)}))
 
 
-def number(value: float, *, sign: bool = False) -> str:
+def number(value: float, *, sign: bool = False, digits: int | None = None) -> str:
     """As many digits as tell something."""
-    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    if digits is None:
+        digits = _digits(value)
     return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+
+
+def _digits(value: float) -> int:
+    return 1 if abs(value) >= 100 else 3
 
 
 def _genes(genes: int | str) -> str:

@@ -1,8 +1,8 @@
 """Seconds and peak memory of one method on simulated counts: ``... sides.growing METHOD COUNTS LATENT.npy``.
 
 A variational model goes through the cells twice and the second epoch is timed; a linear one is fitted. Then
-all cells get a latent. Everything that a person would do is in the peak: reading the counts, too. atlasvi reads
-the store, the others an AnnData in memory.
+all cells get a latent. Everything that a person would do is in the peak: reading the counts, too. atlasvi
+reads the store, the others an AnnData in memory.
 """
 
 from __future__ import annotations
