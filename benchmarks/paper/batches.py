@@ -45,7 +45,7 @@ def run(options: Options) -> None:
         data_set = SETS[name]
         data_set.prepare(options.work)
         methods = options.methods or (METHODS[:1] if options.quick else METHODS)
-        for genes in dict.fromkeys((data_set.n_genes, None)):
+        for genes in data_set.gene_sets:
             _run(record, options, data_set, genes, methods)
 
 
@@ -127,7 +127,7 @@ def pictures(record: Record) -> dict[str, str]:
     sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
     panels = {}
     for data, genes in sets:
-        if genes == (SETS[data].n_genes or "all"):
+        if genes == (SETS[data].gene_sets[0] or "all"):
             found = {m: usual.values("mixing", data=data, genes=genes, method=m) for m in METHODS}
             panels[data] = {m: list(values.values()) for m, values in found.items() if values}
     return {

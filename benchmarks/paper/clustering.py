@@ -47,12 +47,12 @@ def run(options: Options) -> None:
         data_set = SETS[name]
         data_set.prepare(options.work)
         methods = options.methods or (METHODS[:1] if options.quick else METHODS)
-        for genes in dict.fromkeys((data_set.n_genes, None)):
+        for genes in data_set.gene_sets:
             _run(record, options, data_set, genes, methods, {})
         if name == STABILITY:
             for what, value in VARIED:
                 some = tuple(method for method in methods if method in (OURS, PEER))
-                _run(record, options, data_set, data_set.n_genes, some, {what: value})
+                _run(record, options, data_set, data_set.gene_sets[0], some, {what: value})
 
 
 def _run(
@@ -124,7 +124,7 @@ def _usual(record: Record) -> Record:
 
 def _stability(record: Record) -> str:
     lines = []
-    genes = SETS[STABILITY].n_genes
+    genes = SETS[STABILITY].gene_sets[0]
     names = {"n_latent": "{} dimensions", "max_epochs": "{} epochs at most"}
     for varied in ({}, *({what: value} for what, value in VARIED)):
         for method in (OURS, PEER):
@@ -142,7 +142,7 @@ def pictures(record: Record) -> dict[str, str]:
     sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
     panels = {}
     for data, genes in sets:
-        if genes == SETS[data].n_genes or (genes == "all" and SETS[data].n_genes is None):
+        if genes == (SETS[data].gene_sets[0] or "all"):
             found = {m: usual.values("ari", data=data, genes=genes, method=m) for m in METHODS}
             panels[data] = {m: list(values.values()) for m, values in found.items() if values}
     return {

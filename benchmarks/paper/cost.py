@@ -36,7 +36,7 @@ SHARE = 0.85
 DEFINITIONS = {
     "seconds": "of the second epoch (variational) or of the whole fit (linear)",
     "latent_seconds": "of giving latents of all cells",
-    "all_seconds": "of all, reading included, imports not",
+    "all_seconds": "of all, with reading and imports",
     "peak_mib": "peak resident memory of the process, imports included; 0 where it was not finished",
     "stopped": "why a method did not finish",
     "load": "the machine's mean load in the row's last minute: more than cores is a shared machine",
