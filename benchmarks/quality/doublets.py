@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import table
-from benchmarks.quality.splits import DataSet
+from benchmarks.paper.data import DataSet
 
 SEEDS = range(3)
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--scrublet", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    adata = anndata.read_h5ad(DataSet("hashing_celllines_doublets", "cell_type", 30).path())
+    adata = anndata.read_h5ad(DataSet("hashing_celllines_doublets", "cell_type").path())
     known = (adata.obs["doublet"] != "Negative").to_numpy()
     truth = (adata.obs["doublet"] == "Doublet").to_numpy()
     rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
