@@ -12,6 +12,9 @@ from benchmarks.paper.margins import MARGINS
 from benchmarks.paper.methods import OURS, PEER
 from benchmarks.paper.record import Difference, Record, paired
 
+# How many there are to be; a table says how many there are.
+SEEDS = 5
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -67,7 +70,7 @@ def difference_table(found: Sequence[Compared], theirs: str = PEER) -> str:
             [
                 c.data, _genes(c.genes), NAMES.get(c.measure, c.measure), number(c.ours), number(c.theirs),
                 number(d.gain, sign=True, digits=digits), " to ".join(ends) if d.n > 1 else "",
-                number(d.margin, digits=max(digits, 2)), f"{d.n}", d.word,
+                number(d.margin, digits=max(digits, 2)), f"{d.n} of {SEEDS}", d.word,
             ]
         )  # fmt: skip
     heads = ("data", "genes", "measure", OURS, theirs, "gain", "95 % interval", "margin", "seeds", "")
@@ -102,7 +105,7 @@ def mean_of(record: Record, measure: str, **key: Any) -> str:
 
 def n_seeds(record: Record, **key: Any) -> str:
     """How many."""
-    return str(len({row["seed"] for row in record.where(**key)}))
+    return f"{len({row['seed'] for row in record.where(**key)})} of {SEEDS}"
 
 
 def number(value: float, *, sign: bool = False, digits: int | None = None) -> str:
