@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.paper.data import SETS
-from benchmarks.paper.methods import NOT_RUN, OURS, PEER, rows, scalars
+from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
@@ -78,6 +78,7 @@ def _run(record: Record, options: Options, name: str, genes: int | None, methods
 
 def tables(record: Record) -> dict[str, str]:
     """Markdown."""
+    record = record.only(**DEFAULTS)
     real = dict.fromkeys((row["data"], row["genes"]) for row in record.rows if row["data"] not in SIMULATED)
     compared = [(name, genes) for name, genes in real] + [(name, "all") for name in SIMULATED]
     return {
@@ -123,6 +124,7 @@ def _by_set(record: Record, sets: list[tuple[str, int | str]]) -> str:
 
 def pictures(record: Record) -> dict[str, str]:
     """SVG files."""
+    record = record.only(**DEFAULTS)
     sets = list(dict.fromkeys((row["data"], row["genes"]) for row in record.rows))
     panels = {}
     for data, genes in sets:
