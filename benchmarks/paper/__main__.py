@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--quick", action="store_true", help="atlasvi alone, on little data")
+    parser.add_argument("--cached", action="store_true", help="make no fit: rows of those that are there")
     parser.add_argument("--page", action="store_true", help="run nothing; tables and pictures of docs/")
     parser.add_argument("--work", type=Path, default=Path(".paper"), help="folder of fits")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -47,7 +48,7 @@ def main() -> None:
         quick=given.quick,
         work=given.work,
         results=given.results,
-        pythons=Pythons(given.scvi_tools, given.classic, here=given.quick),
+        pythons=Pythons(given.scvi_tools, given.classic, here=given.quick, none=given.cached),
         limit=given.limit,
         largest=given.largest,
     )

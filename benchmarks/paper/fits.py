@@ -78,16 +78,18 @@ class Pythons:
         scvi_tools: of an environment made by ``benchmarks/peers/scvi_tools_env.sh``.
         classic: of one made by ``benchmarks/peers/classic_env.sh``.
         here: fit atlasvi's models in this process, as the tests do on little data.
+        none: fit nothing, only look at what is there.
     """
 
     scvi_tools: str | None = None
     classic: str | None = None
     here: bool = False
+    none: bool = False
 
     def of(self, side: str) -> str | None:
         """The interpreter, or ``None``."""
         found: str | None = sys.executable if side == "atlasvi" else getattr(self, side)
-        return found
+        return None if self.none else found
 
 
 def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:

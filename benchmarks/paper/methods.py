@@ -81,7 +81,7 @@ def rows(
                 continue
             method = METHODS[name]
             given = dict(method.options)
-            if method.by_labels is not None:
+            if method.by_labels is not None and SETS[data].label_key is not None:
                 given[method.by_labels] = SETS[data].n_labels(options.work)
             job = Job(method.side, data, seed, genes, options=given, **more)
             arrays = fit(job, options.work, options.pythons)
