@@ -66,7 +66,11 @@ def dots(
 
 def forest(found: Sequence[Compared], *, alt: str) -> str:
     """Differences with their intervals, in margins: right of -1 is no worse, right of 0 better."""
-    axis = Axis(-8.0, 8.0, _LEFT + 150, _WIDTH - 120)
+    # Wide enough for the differences; intervals may be cut off.
+    most = min(
+        40.0, max(4.0, 1.3 * max((abs(c.difference.gain) / c.difference.margin for c in found), default=0))
+    )
+    axis = Axis(-most, most, _LEFT + 150, _WIDTH - 120)
     parts, y, last = [], 40, ""
     lines = []
     for c in found:
@@ -81,7 +85,7 @@ def forest(found: Sequence[Compared], *, alt: str) -> str:
             f'<text x="{_LEFT + 130}" y="{middle + 4:.1f}" text-anchor="end">'
             f"{escape(NAMES[c.measure])}</text>"
         )
-        ends = [axis(min(max(v / d.margin, -8.0), 8.0)) for v in (d.low, d.gain, d.high) if np.isfinite(v)]
+        ends = [axis(min(max(v / d.margin, -most), most)) for v in (d.low, d.gain, d.high) if np.isfinite(v)]
         if len(ends) == 3:
             lines.append(
                 f'<line x1="{ends[0]:.1f}" x2="{ends[2]:.1f}" y1="{middle:.1f}" y2="{middle:.1f}" '
@@ -100,9 +104,9 @@ def forest(found: Sequence[Compared], *, alt: str) -> str:
     margin = f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="36" y2="{y}" stroke-dasharray="4 4"/>'
     words = (
         f'<text x="{at:.1f}" y="28" text-anchor="middle">margin</text>'
-        f'<text x="{axis(8):.1f}" y="28" text-anchor="end">atlasvi better →</text>'
+        f'<text x="{axis(most):.1f}" y="28" text-anchor="end">atlasvi better →</text>'
     )
-    scale = _scale(axis, y + 4, "gain of atlasvi, in margins named beforehand (cut off at 8)")
+    scale = _scale(axis, y + 4, f"gain of atlasvi, in margins named beforehand (cut off at {most:.0f})")
     return standalone(grid + margin + words + "".join(parts + lines) + scale, _WIDTH, y + 58, alt)
 
 
