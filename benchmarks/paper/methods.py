@@ -37,6 +37,7 @@ METHODS = {
     "atlasvi, NB": Method("atlasvi", {"gene_likelihood": "nb"}),
     "atlasvi, prior mog": Method("atlasvi", {"prior": "mog"}),
     "atlasvi, prior vamp": Method("atlasvi", {"prior": "vamp"}),
+    "atlasvi, MMD 10": Method("atlasvi", {"mmd": 10.0}),
     "atlasvi SCVAE": Method("atlasvi SCVAE"),
     "atlasvi GMVAE": Method("atlasvi GMVAE", {"bound": "sampled"}, by_labels="n_components"),
     "atlasvi DCA": Method("atlasvi DCA"),
