@@ -60,7 +60,7 @@ def differences(
     return found
 
 
-def difference_table(found: Sequence[Compared], theirs: str = PEER) -> str:
+def difference_table(found: Sequence[Compared], ours: str = OURS, theirs: str = PEER) -> str:
     """A line for each."""
     lines = []
     for c in found:
@@ -73,7 +73,7 @@ def difference_table(found: Sequence[Compared], theirs: str = PEER) -> str:
                 number(d.margin, digits=max(digits, 2)), f"{d.n} of {SEEDS}", d.word,
             ]
         )  # fmt: skip
-    heads = ("data", "genes", "measure", OURS, theirs, "gain", "95 % interval", "margin", "seeds", "")
+    heads = ("data", "genes", "measure", ours, theirs, "gain", "95 % interval", "margin", "seeds", "")
     return table(heads, lines)
 
 
