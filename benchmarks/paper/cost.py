@@ -149,6 +149,8 @@ def tables(record: Record) -> dict[str, str]:
 
 def _table(record: Record, axis: str) -> str:
     rows = record.where(axis=axis)
+    if not rows:
+        return "Not run yet: it wants a machine with nothing else to do."
     lines = []
     for n_obs, n_vars in dict.fromkeys((row["n_obs"], row["n_vars"]) for row in rows):
         for row in record.where(axis=axis, n_obs=n_obs, n_vars=n_vars):
