@@ -35,6 +35,7 @@ class DataSet:
             ``None``.
         gene_sets: how many of the most variable genes the experiments use, and ``None`` for all; the first is
             the one that all methods are run with.
+        file: the file without ``.h5ad``, where it is not named as the set.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DataSet:
     simulation: Mapping[str, Any] | None = None
     n_train: int | None = None
     gene_sets: tuple[int | None, ...] = (None,)
+    file: str | None = None
 
     def path(self) -> Path:
         """Where the file is: in ``ATLASVI_TEST_DATA``, by default ``shared/data`` beside the repository.
@@ -55,7 +57,7 @@ class DataSet:
             shape = f"{self.simulation['n_obs']}x{self.simulation['n_vars']}"
             return Path(os.environ.get(SIMULATED, ".paper")) / f"simulated-{shape}.h5ad"
         default = Path(__file__).resolve().parents[3] / "shared" / "data"
-        return Path(os.environ.get(FOLDER, default)) / f"{self.name}.h5ad"
+        return Path(os.environ.get(FOLDER, default)) / f"{self.file or self.name}.h5ad"
 
     def prepare(self, work: Path) -> None:
         """Simulate, if these counts are to be and are not in ``work`` yet; needs atlasvi."""
@@ -80,6 +82,8 @@ class DataSet:
     def load(self, *, n_genes: int | None = None) -> anndata.AnnData:
         """Counts as float32 CSR, and obs with ``label`` and ``batch`` as text; genes in the file's order.
 
+        A ``batch`` of the file that is not one to remove is called ``group``.
+
         ``n_genes`` keeps the genes of largest variance of log(1 + count).
         """
         adata = anndata.read_h5ad(self.path())
@@ -90,6 +94,8 @@ class DataSet:
             adata = adata[: self.n_train + self.n_train // 8 + N_HELD_OUT]
         adata = adata.copy()
         adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
+        if self.batch_key is None:
+            adata.obs = adata.obs.rename(columns={"batch": "group"})
         for name, key in (("label", self.label_key), ("batch", self.batch_key)):
             if key is not None:
                 adata.obs[name] = adata.obs[key].astype(str).astype("category")
@@ -143,6 +149,13 @@ SETS = {
         DataSet("pbmc_3chemistries", None, "batch", gene_sets=GENES),
         DataSet("ziegenhain_mesc_umi", None, "batch"),
         DataSet("monocle3_worm_embryo", "cell_type", "batch", gene_sets=GENES),
+        # The batches are ages, a treatment, and replicates that do not differ: not to be removed.
+        DataSet("worm_embryo_ages", "cell_type", file="monocle3_worm_embryo", gene_sets=GENES),
+        DataSet("kang_treatment", "cell_type", file="kang_pbmc_ifnb", gene_sets=GENES),
+        DataSet("ziegenhain_mesc_scrbseq_umi", "cell_type"),
+        DataSet("scmixology_RNAmix", "cell_type", "batch", gene_sets=GENES),
+        DataSet("zeisel_ERCC", "cell_type"),
+        DataSet("hashing_celllines_doublets", "cell_type"),
         DataSet("demo", "cell_type", "batch", coarser=_LINEAGES, simulation=DEMO),
         DataSet("little", "cell_type", "batch", coarser=_LINEAGES, simulation=LITTLE),
         *(

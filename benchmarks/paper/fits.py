@@ -92,6 +92,11 @@ class Pythons:
         return None if self.none else found
 
 
+def model_folder(job: Job) -> Path:
+    """Where the trained model of a fit lies: in the folder of fits, which `made` names to its sides."""
+    return Path(os.environ.get(SIMULATED, ".paper")) / f"{job.name}.model"
+
+
 def fit(job: Job, work: Path, pythons: Pythons) -> dict[str, np.ndarray] | None:
     """The arrays of a fit: made, if they are not in ``work`` yet; ``None`` if its peer has no environment.
 

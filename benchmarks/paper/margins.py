@@ -43,4 +43,25 @@ MARGINS = {
     "batch_silhouette_size": Margin(0.02, higher=False),
     "ilisi": Margin(0.02),
     "kbet": Margin(0.02),
+    # Differential expression.
+    "auroc": Margin(0.01),
+    "idr_rho": Margin(0.02),
+    "change_rank": Margin(0.01),
+    # Imputation, in counts; over originals of 2 or more.
+    "median_l1": Margin(0.02, higher=False, of_value=True),
+    "mean_l1": Margin(0.02, higher=False, of_value=True),
+    "spearman": Margin(0.01),
+    "median_l1_2": Margin(0.02, higher=False, of_value=True),
+    "mean_l1_2": Margin(0.02, higher=False, of_value=True),
+    "spearman_2": Margin(0.01),
+    # What the likelihood learnt.
+    "blob": Margin(0.02, higher=False),
+    "blob_ari": Margin(0.02, higher=False),
+    "time": Margin(0.02),
+    "time_near": Margin(0.02),
+    "mixtures": Margin(0.02),
+    "mixtures_near": Margin(0.02),
+    "fold": Margin(0.02, of_value=True),
+    "flattened": Margin(0.01),
+    "shift_r2": Margin(0.01),
 }

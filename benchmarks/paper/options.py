@@ -18,6 +18,7 @@ class Options:
         data: names of sets, or none for the experiment's own.
         methods: names, or none for the experiment's own.
         quick: atlasvi alone, on little data, into a folder of its own: what the tests run.
+        variable: of `differential`, the first of a set's numbers of genes only.
         work: folder of fits, which are made once.
         results: folder of the JSON files.
         pythons: interpreters of the peers.
@@ -29,6 +30,7 @@ class Options:
     data: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     quick: bool = False
+    variable: bool = False
     work: Path = Path(".paper")
     results: Path = RESULTS
     pythons: Pythons = field(default_factory=Pythons)
