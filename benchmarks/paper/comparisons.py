@@ -81,8 +81,8 @@ COMPARISONS: Mapping[str, tuple[Comparison, ...]] = {
     "ziegenhain_mesc_scrbseq_umi": (Comparison("mESC - mESC", ("mESC",), ("mESC",), n_cells=20),),
     "demo": (Comparison("C1 - A1", ("C1",), ("A1",)), Comparison("A1 - A2", ("A1",), ("A2",))),
     "little": (
-        Comparison("A2 - A1", ("A2",), ("A1",)),
-        Comparison("A1 - A1", ("A1",), ("A1",), n_cells=60),
+        Comparison("B1 - B2", ("B1",), ("B2",)),
+        Comparison("B1 - B1", ("B1",), ("B1",)),
     ),
 }
 # MSigDB's hallmark "interferon alpha response" (Liberzon et al. 2015), symbols of 2019 and before.

@@ -136,7 +136,7 @@ def _answers(
         if fit(replace(job, method=maker.model), options.work, options.pythons) is None:
             return None
     if options.quick:
-        answers: Mapping[str, np.ndarray] = import_module(f"benchmarks.paper.sides.{maker.side}").fit(job, 2)
+        answers: Mapping[str, np.ndarray] = import_module(f"benchmarks.paper.sides.{maker.side}").fit(job, 1)
         return answers
     here = maker.environment != "R" or shutil.which("Rscript")
     python = (
