@@ -495,7 +495,7 @@ def _compared(record: Record) -> list[Compared]:
 
 def tables(record: Record) -> dict[str, str]:
     """Markdown: one a part, and the differences."""
-    found = {"differences": difference_table(_compared(record), "the other")}
+    found = {"differences": difference_table(_compared(record), theirs="the other")}
     for part, (measures, by) in SHOWN.items():
         rows, lines = record.only(part=part), []
         columns = [m for m in measures if any(row.get(m) is not None for row in rows.rows)]
