@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -140,6 +140,12 @@ class Minibatch:
         if torch.device(device) == self.rows.device:
             return self
         return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def take(self, at: Any) -> Minibatch:
+        """Cells by their positions, ``(n,)`` int64 numpy; what comes with labels stays behind."""
+        rows = torch.from_numpy(at)
+        alone = replace(self, labelled=None)
+        return alone._map(lambda t: t.take_rows(at) if isinstance(t, CSR) else t[rows])
 
     def _map(self, move: Any) -> Minibatch:
         return Minibatch(

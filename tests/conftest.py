@@ -30,6 +30,15 @@ def seeds():
 
 
 @pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of a few cells gain nothing from threads, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def client():
     """Of a Dask cluster of two processes on this machine."""
     distributed = pytest.importorskip("distributed")

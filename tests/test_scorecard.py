@@ -34,17 +34,11 @@ from atlasvi.store.identity import Checksum, look
 from tests.conftest import make_adata
 from tests.test_report import Page
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEED = 1  # of cells that have every gene
 LITTLE = {"n_splits": 2, "n_replicates": 3, "n_mc_samples": 20, "picture": False}
 LABELLED = {**LITTLE, "label_key": "cell_type"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(kind, data, setup=None, **options):

@@ -229,7 +229,7 @@ def lazy(
     # every chunk.
     graph: dict[Any, Any] = {f"{name}-by": _Chunks(answer, source, device, lead, n_out, rows_per_piece)}
     for i, (start, stop) in enumerate(bounds):
-        graph[name, *(0 for _ in lead), i, 0] = (_make_chunk, f"{name}-by", start, stop)
+        graph[name, *(0 for _ in lead), i, 0] = (_Chunks.make, f"{name}-by", start, stop)
     return da.Array(
         graph,
         name,
@@ -251,16 +251,12 @@ class _Chunks:
     rows_per_piece: int
 
     def make(self, start: int, stop: int) -> NDArray[np.float32]:
+        """The task."""
         found = np.empty((*self.lead, stop - start, self.n_out), np.float32)
         for a in range(start, stop, self.rows_per_piece):
             b = min(a + self.rows_per_piece, stop)
             self.answer(self.source.read(a, b, self.device), found[..., a - start : b - start, :])
         return found
-
-
-def _make_chunk(chunks: _Chunks, start: int, stop: int) -> NDArray[np.float32]:
-    """The task."""
-    return chunks.make(start, stop)
 
 
 def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:

@@ -180,7 +180,7 @@ class OnePass:
                     parts.append(minibatch.counts.take_rows(some))
             mine = _within(self._held_out, start, stop)
             if len(mine):
-                cells = minibatch if len(mine) == len(minibatch) else _taken(minibatch, mine)
+                cells = minibatch if len(mine) == len(minibatch) else minibatch.take(mine)
                 self.nonzeros += int((cells.counts.data != 0).sum())
                 yield cells
             self._advance(stop, "")
@@ -192,17 +192,3 @@ def _within(positions: NDArray[Any], start: int, stop: int) -> NDArray[np.int64]
     a, b = np.searchsorted(positions, [start, stop])
     found: NDArray[np.int64] = positions[a:b].astype(np.int64) - start
     return found
-
-
-def _taken(minibatch: Minibatch, at: NDArray[np.int64]) -> Minibatch:
-    """Some cells of a minibatch."""
-    rows = torch.from_numpy(at)
-    return Minibatch(
-        minibatch.counts.take_rows(at),
-        minibatch.rows[rows],
-        minibatch.batch_index[rows],
-        minibatch.labels[rows],
-        minibatch.cat_covs[rows],
-        minibatch.cont_covs[rows],
-        None if minibatch.size_factor is None else minibatch.size_factor[rows],
-    )

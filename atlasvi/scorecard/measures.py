@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import torch
 from numpy.typing import NDArray
 
@@ -266,7 +267,7 @@ def latents(
         n_dims=n_dims,
         batch_key=None if batch is None else batch.key,
         n_batches=0 if batches is None else len(batches.categories),
-        ceiling=None if batches is None else _entropy(batches),
+        ceiling=None if batches is None else rounded(float(scipy.stats.entropy(np.bincount(batches.codes)))),
         n_neighbors=n_neighbors,
         label_key=None if labels is None else labels.key,
         n_labels=0 if types is None else len(types.categories),
@@ -278,11 +279,6 @@ def latents(
 def _latent(model: CountModel, sample: Cells) -> NDArray[np.float32]:
     blocks = latent_blocks(model.module, sample.minibatches(CELLS_AT_ONCE), model._device)
     return np.concatenate([loc for loc, _ in blocks])
-
-
-def _entropy(column: pd.Categorical) -> float:
-    shares = np.bincount(column.codes) / len(column)
-    return rounded(float(-(shares * np.log(shares)).sum()))
 
 
 def _to_measure(

@@ -22,7 +22,14 @@ from benchmarks.paper.methods import DEFAULTS, OURS, PEER, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record, Row
-from benchmarks.paper.tables import difference_table, differences, mean_of, n_seeds, table
+from benchmarks.paper.tables import (
+    difference_table,
+    differences,
+    method_lines,
+    panels,
+    sets_of,
+    table,
+)
 
 DATA = ("scmixology_celllines", "kang_pbmc_ifnb", "pbmc_3chemistries", "ziegenhain_mesc_umi")
 METHODS = ("atlasvi", "atlasvi, MMD 10", "scvi-tools", "Harmony", "ComBat + PCA", "PCA")
@@ -101,16 +108,8 @@ def scib(latents: list[np.ndarray], batch: Any, python: str | None) -> list[Row]
 def tables(record: Record) -> dict[str, str]:
     """Markdown."""
     usual = record.only(**DEFAULTS)
-    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
+    sets = sets_of(usual)
     shown = ("mixing", "batch_silhouette", "ilisi", "kbet", "ari", "nmi", "silhouette")
-    lines = []
-    for data, genes in sets:
-        for method in METHODS:
-            key = {"data": data, "genes": genes, "method": method}
-            if usual.has(**key):
-                values = [mean_of(usual, m, **key) for m in shown]
-                head = [data, f"{genes:,}" if genes != "all" else "all", method]
-                lines.append([*head, *values, n_seeds(usual, **key)])
     heads = (
         "data", "genes", "method", "mixing", "silhouette of batches", "iLISI", "kBET", "ARI", "NMI",
         "silhouette of labels", "seeds",
@@ -119,29 +118,23 @@ def tables(record: Record) -> dict[str, str]:
     return {
         "differences": difference_table(differences(usual, sets, MEASURES)),
         "MMD": difference_table(differences(usual, sets, MEASURES, ours=penalised), ours=penalised),
-        "methods": table(heads, lines, words=3),
+        "methods": table(heads, method_lines(usual, METHODS, shown), words=3),
     }
 
 
 def pictures(record: Record) -> dict[str, str]:
     """SVG files."""
     usual = record.only(**DEFAULTS)
-    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
-    panels = {}
-    for data, genes in sets:
-        if genes == (SETS[data].gene_sets[0] or "all"):
-            found = {m: usual.values("mixing", data=data, genes=genes, method=m) for m in METHODS}
-            panels[data] = {m: list(values.values()) for m, values in found.items() if values}
     return {
         "evidence-batches.svg": dots(
-            panels,
+            panels(usual, METHODS, "mixing"),
             "entropy of batch mixing, as a share of its ceiling",
             alt="Entropy of batch mixing of each method by data set, a dot a seed",
             low=0.0,
             high=1.0,
         ),
         "evidence-batches-differences.svg": forest(
-            differences(usual, sets, MEASURES),
+            differences(usual, sets_of(usual), MEASURES),
             alt=f"Batch mixing and agreement with labels, {OURS} less {PEER}, in margins",
         ),
     }

@@ -17,7 +17,16 @@ from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, rows, scalar
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
-from benchmarks.paper.tables import difference_table, differences, mean_of, n_seeds, table
+from benchmarks.paper.tables import (
+    difference_table,
+    differences,
+    mean_of,
+    method_lines,
+    n_seeds,
+    panels,
+    sets_of,
+    table,
+)
 
 DATA = ("pbmc_sorted_reference", "worm_neuron", "cbmc_citeseq", "scmixology_celllines", "demo")
 METHODS = (
@@ -96,20 +105,10 @@ def scores(
 def tables(record: Record) -> dict[str, str]:
     """Markdown."""
     usual = _usual(record)
-    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
-    lines = []
-    for data, genes in sets:
-        for method in METHODS:
-            key = {"data": data, "genes": genes, "method": method}
-            if usual.has(**key):
-                values = [mean_of(usual, m, **key) for m in MEASURES]
-                lines.append(
-                    [data, f"{genes:,}" if genes != "all" else "all", method, *values, n_seeds(usual, **key)]
-                )
     heads = ("data", "genes", "method", "ARI", "NMI", "silhouette", "ARI, coarse", "NMI, coarse", "seeds")
     return {
-        "differences": difference_table(differences(usual, sets, MEASURES)),
-        "methods": table(heads, lines, words=3),
+        "differences": difference_table(differences(usual, sets_of(usual), MEASURES)),
+        "methods": table(heads, method_lines(usual, METHODS, MEASURES), words=3),
         "stability": _stability(record),
         "not run": table(
             ("method", "not run"), [[name, NOT_RUN[name]] for name in ("SIMLR", "ZIFA", "DCA, published")]
@@ -139,21 +138,16 @@ def _stability(record: Record) -> str:
 def pictures(record: Record) -> dict[str, str]:
     """SVG files."""
     usual = _usual(record)
-    sets = list(dict.fromkeys((row["data"], row["genes"]) for row in usual.rows))
-    panels = {}
-    for data, genes in sets:
-        if genes == (SETS[data].gene_sets[0] or "all"):
-            found = {m: usual.values("ari", data=data, genes=genes, method=m) for m in METHODS}
-            panels[data] = {m: list(values.values()) for m, values in found.items() if values}
     return {
         "evidence-clustering.svg": dots(
-            panels,
+            panels(usual, METHODS, "ari"),
             "adjusted Rand index of k-means on the latent, with the labels",
             alt="Adjusted Rand index of each method by data set, a dot a seed",
             low=0.0,
             high=1.0,
         ),
         "evidence-clustering-differences.svg": forest(
-            differences(usual, sets, MEASURES), alt=f"Agreement with labels, {OURS} less {PEER}, in margins"
+            differences(usual, sets_of(usual), MEASURES),
+            alt=f"Agreement with labels, {OURS} less {PEER}, in margins",
         ),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paper.data import SETS
 from benchmarks.paper.margins import MARGINS
 from benchmarks.paper.methods import OURS, PEER
 from benchmarks.paper.record import Difference, Record, paired
@@ -109,6 +110,33 @@ NAMES = {
     "flattened": "neighbours, rank r",
     "shift_r2": "R² of means",
 }
+
+
+def sets_of(record: Record) -> list[tuple[str, int | str]]:
+    """Each set and number of genes that there are rows of."""
+    return list(dict.fromkeys((row["data"], row["genes"]) for row in record.rows))
+
+
+def method_lines(record: Record, methods: Sequence[str], measures: Sequence[str]) -> list[list[str]]:
+    """A line of a table for each set and method: their names, means of the measures, and seeds."""
+    lines = []
+    for data, genes in sets_of(record):
+        for method in methods:
+            key = {"data": data, "genes": genes, "method": method}
+            if record.has(**key):
+                values = [mean_of(record, m, **key) for m in measures]
+                lines.append([data, _genes(genes), method, *values, n_seeds(record, **key)])
+    return lines
+
+
+def panels(record: Record, methods: Sequence[str], measure: str) -> dict[str, dict[str, list[float]]]:
+    """For a picture: from set to method to values, of the genes that all methods are run with."""
+    found = {}
+    for data, genes in sets_of(record):
+        if genes == (SETS[data].gene_sets[0] or "all"):
+            of = {m: record.values(measure, data=data, genes=genes, method=m) for m in methods}
+            found[data] = {m: list(values.values()) for m, values in of.items() if values}
+    return found
 
 
 def mean_of(record: Record, measure: str, **key: Any) -> str:

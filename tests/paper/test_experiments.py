@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,40 +10,18 @@ import numpy as np
 import pytest
 
 from benchmarks.paper import page
+from benchmarks.paper.__main__ import EXPERIMENTS
 from benchmarks.paper.batches import scores
 from benchmarks.paper.data import SETS, split
-from benchmarks.paper.fits import Job, Pythons
+from benchmarks.paper.fits import Job
 from benchmarks.paper.margins import MARGINS
 from benchmarks.paper.options import Options
 from benchmarks.paper.record import RESULTS, Record, paired
-
-# Pages whose tables are made from a record.
-PAGES = ("heldout", "clustering", "batches", "cost")
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Into folders that the tests share, so that a fit is made once."""
-    work = tmp_path_factory.mktemp("paper")
-    return Options(seeds=1, quick=True, work=work, results=work / "results", pythons=Pythons(here=True))
-
-
-def _run(name: str, quick: Options) -> list[dict[str, object]]:
-    """Rows of an experiment; and it goes on where it was, with nothing left to do."""
-    experiment = import_module(f"benchmarks.paper.{name}")
-    experiment.run(quick)
-    path = quick.results / f"{name}.json"
-    before = path.read_bytes()
-    experiment.run(quick)
-    assert path.read_bytes() == before
-    experiment.tables(Record(path, {}))
-    for svg in experiment.pictures(Record(path, {})).values():
-        assert svg.startswith("<svg ") and "nan" not in svg
-    return json.loads(before)["rows"]
+from tests.paper.conftest import run
 
 
 def test_held_out(quick: Options) -> None:
-    ours, linear = _run("heldout", quick)
+    ours, linear = run("heldout", quick)
     assert (ours["method"], linear["method"]) == ("atlasvi", "atlasvi PPCA")
     assert ours["n_train"] == 480 and ours["n_test"] == 60
     # Bounds in their order: log p(x) above an ELBO, the encoder refitted above the trained one, and the KL.
@@ -55,13 +32,13 @@ def test_held_out(quick: Options) -> None:
 
 
 def test_clustering(quick: Options) -> None:
-    (row,) = _run("clustering", quick)
+    (row,) = run("clustering", quick)
     assert row["ari_coarse"] != row["ari"]
     assert 0 < row["nmi"] <= 1 and -1 < row["silhouette"] < 1
 
 
 def test_batches(quick: Options) -> None:
-    (row,) = _run("batches", quick)
+    (row,) = run("batches", quick)
     assert row["mixing"] == pytest.approx(row["entropy"] / row["ceiling"])
     # Three simulated batches that differ in their shares of types, given to the model.
     assert 0.6 < row["mixing"] <= 1.05 and abs(row["batch_silhouette"]) < 0.1
@@ -71,12 +48,12 @@ def test_batches(quick: Options) -> None:
 
 
 def test_cost(quick: Options) -> None:
-    (row,) = _run("cost", quick)
+    (row,) = run("cost", quick)
     assert not row["stopped"] and row["peak_mib"] > 50
     assert 0 < row["seconds"] < row["all_seconds"]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_pages_are_what_the_records_say(name: str) -> None:
     path = RESULTS / f"{name}.json"
     text = (page.DOCS / f"evidence-{name}.md").read_text()

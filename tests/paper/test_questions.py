@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,40 +10,18 @@ import pytest
 import scipy.sparse as sp
 import scipy.stats
 
-from benchmarks.paper import learnt, page
+from benchmarks.paper import learnt
 from benchmarks.paper.comparisons import COMPARISONS, Comparison
-from benchmarks.paper.fits import Pythons
 from benchmarks.paper.idr import idr
 from benchmarks.paper.imputation import correlations, permuted_within
 from benchmarks.paper.options import Options
-from benchmarks.paper.record import RESULTS, Record
+from benchmarks.paper.record import RESULTS
 from benchmarks.paper.sides.comparing import of_p_values
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Into folders that the tests share, so that a fit is made once."""
-    work = tmp_path_factory.mktemp("paper")
-    return Options(seeds=1, quick=True, work=work, results=work / "results", pythons=Pythons(here=True))
-
-
-def _run(name: str, quick: Options) -> list[dict[str, object]]:
-    """Rows of an experiment, which goes on where it was, with nothing left to do."""
-    experiment = import_module(f"benchmarks.paper.{name}")
-    experiment.run(quick)
-    path = quick.results / f"{name}.json"
-    before = path.read_bytes()
-    experiment.run(quick)
-    assert path.read_bytes() == before
-    for made in experiment.tables(Record(path, {})).values():
-        assert "nan" not in made
-    for svg in experiment.pictures(Record(path, {})).values():
-        assert svg.startswith("<svg ") and "nan" not in svg
-    return json.loads(before)["rows"]
+from tests.paper.conftest import run
 
 
 def test_differential(quick: Options) -> None:
-    rows = _run("differential", quick)
+    rows = run("differential", quick)
     asked = [row for row in rows if row["reference"] == "truth"]
     null = [row for row in rows if row["reference"] == "none"]
     assert len(asked) == len(null) == 3
@@ -58,7 +34,7 @@ def test_differential(quick: Options) -> None:
 
 
 def test_imputation(quick: Options) -> None:
-    rows = _run("imputation", quick)
+    rows = run("imputation", quick)
     found = {(row["corruption"], row["method"]): row for row in rows}
     for what in ("zeroed 9%", "zeroed 1%", "binomial"):
         constant, mean, ours = (found[what, m] for m in ("constant 1", "gene's mean", "atlasvi"))
@@ -72,22 +48,13 @@ def test_imputation(quick: Options) -> None:
 
 
 def test_learnt(quick: Options) -> None:
-    found = {row["part"]: row for row in _run("learnt", quick)}
+    found = {row["part"]: row for row in run("learnt", quick)}
     assert set(found) == set(learnt.QUICK_PARTS)
     assert found["library"]["with_totals"] > 0.9
     # A gamma spreads counts, so fewer cells have one than a binomial of the mean has it.
     assert found["detection"]["binomial"] < 0.1
     assert found["zeros"]["nb_genes"] < -0.5
     assert abs(found["noise"]["blob"]) < 0.1
-
-
-@pytest.mark.parametrize("name", ["differential", "imputation", "learnt"])
-def test_pages_are_what_the_records_say(name: str) -> None:
-    tables = import_module(f"benchmarks.paper.{name}").tables(Record(RESULTS / f"{name}.json", {}))
-    text = (page.DOCS / f"evidence-{name}.md").read_text()
-    for key in tables:
-        assert f"<!-- {name}: {key} -->" in text
-    assert page.filled(text, name, tables) == text
 
 
 def test_idr_finds_what_was_put_in() -> None:

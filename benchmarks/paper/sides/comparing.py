@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from benchmarks.paper.comparisons import COMPARISONS, N_REPEATS
 from benchmarks.paper.fits import Job
@@ -29,10 +30,7 @@ Ask = Callable[[np.ndarray, np.ndarray, int], Answer]
 def of_p_values(p: Any, change: Any) -> Answer:
     """Called at a false discovery rate of 5 % (Benjamini and Hochberg); p that is NaN says nothing."""
     p = np.where(np.isfinite(p), p, 1.0).astype(np.float64)
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
-    adjusted[order] = np.minimum.accumulate(ranked[::-1])[::-1]
+    adjusted = scipy.stats.false_discovery_control(p)
     evidence = -np.log10(np.maximum(p, np.finfo(np.float64).tiny))
     return Answer(evidence, np.nan_to_num(np.asarray(change, np.float64)), adjusted < 0.05)
 
