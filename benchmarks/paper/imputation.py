@@ -26,12 +26,10 @@ from benchmarks.paper.record import Record, Row
 from benchmarks.paper.tables import Compared, difference_table, differences, mean_of, n_seeds, table
 
 # Name, and how many genes: all, or those of largest variance.
+SETS = ("pbmc_sorted_reference", "scmixology_celllines", "cbmc_citeseq", "worm_neuron")
 DATA: tuple[tuple[str, int | None], ...] = (
-    ("pbmc_sorted_reference", None),
-    ("scmixology_celllines", 700),
-    ("scmixology_celllines", None),
-    ("cbmc_citeseq", None),
-    ("worm_neuron", None),
+    *((name, 700) for name in SETS),
+    *((name, None) for name in SETS),
 )
 CORRUPTIONS = {
     "zeroed 9%": lambda x, seed: uniform_zero(x, p_zero=0.9, seed=seed),
@@ -63,7 +61,11 @@ DEFINITIONS = {
 def run(options: Options) -> None:
     """Make the rows that are not there yet, the first seed of everything first."""
     record = Record(options.results / "imputation.json", DEFINITIONS)
-    sets = [one for one in DATA if one[0] in options.data or not options.data]
+    sets = [
+        (name, n_genes)
+        for name, n_genes in DATA
+        if (name in options.data or not options.data) and (n_genes or not options.variable)
+    ]
     permuted = PERMUTED_DATA
     if options.quick:
         sets, permuted = [("little", None)], (("little", None),)

@@ -18,7 +18,7 @@ class Options:
         data: names of sets, or none for the experiment's own.
         methods: names, or none for the experiment's own.
         quick: atlasvi alone, on little data, into a folder of its own: what the tests run.
-        variable: of `differential`, the first of a set's numbers of genes only.
+        variable: of `differential` and `imputation`, the most variable genes only.
         work: folder of fits, which are made once.
         results: folder of the JSON files.
         pythons: interpreters of the peers.
