@@ -26,10 +26,10 @@ from benchmarks.paper.record import Record, Row
 from benchmarks.paper.tables import Compared, difference_table, differences, mean_of, n_seeds, table
 
 # Name, and how many genes: all, or those of largest variance.
-SETS = ("pbmc_sorted_reference", "scmixology_celllines", "cbmc_citeseq", "worm_neuron")
+NAMES = ("pbmc_sorted_reference", "scmixology_celllines", "cbmc_citeseq", "worm_neuron")
 DATA: tuple[tuple[str, int | None], ...] = (
-    *((name, 700) for name in SETS),
-    *((name, None) for name in SETS),
+    *((name, 700) for name in NAMES),
+    *((name, None) for name in NAMES),
 )
 CORRUPTIONS = {
     "zeroed 9%": lambda x, seed: uniform_zero(x, p_zero=0.9, seed=seed),
