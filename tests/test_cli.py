@@ -441,7 +441,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(made, tmp_path, error
     assert (whole / "weights.safetensors").read_bytes() == (killed / "weights.safetensors").read_bytes()
     lines = (killed / "history.csv").read_text().splitlines()[1:]
     assert [int(line.split(",")[0]) for line in lines] == list(range(epochs))
-    assert "lr=0.03, now 0.5" in error_of(
+    assert "lr=0.01, now 0.5" in error_of(
         "train", folder / "atlas.zarr", "-o", killed, *how, "--resume", "--lr", 0.5
     )
 

@@ -163,7 +163,7 @@ def test_the_log_of_a_resumed_run_has_each_epoch_once(make, tmp_path):
         ({}, {"seed": 5}, "split.seed=0, now 5"),
         ({}, {"train_size": 0.5}, "split.train_size=0.9, now 0.5"),
         ({}, {"batch_size": 32}, "batch_size=64, now 32"),
-        ({}, {"plan_kwargs": {"lr": 0.1}}, "plan.lr=0.03, now 0.1"),
+        ({}, {"plan_kwargs": {"lr": 0.1}}, "plan.lr=0.01, now 0.1"),
         ({}, {"memory_budget": 1 << 16}, "memory_budget=None, now 65536"),
     ],
 )
