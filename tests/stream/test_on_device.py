@@ -112,17 +112,21 @@ def test_the_same_minibatches_and_the_store_is_read_once(atlas, reads, options, 
     assert reads == []
 
 
-def test_cells_of_a_view_and_of_several_stores_are_theirs(path, counts, tmp_path):
+def test_cells_of_a_view_and_of_several_stores_are_theirs(counts, tmp_path):
     """Stores whose counts are of other types than one another are held in one that has room for each."""
-    large = counts.copy()
-    large.data[::7] = 70_000
-    other = anndata.AnnData(large)
-    other.obs_names = [f"other-{i}" for i in range(N)]
-    atlasvi.ingest(other, tmp_path / "other.zarr")
-    whole = sp.vstack([counts, large]).tocsr()
-    with atlasvi.open([path, tmp_path / "other.zarr"]) as both:
+    parts, paths = [], []
+    for most in (60_000, 70_000):  # which have the highest bit of uint16, and one more
+        part = counts.copy()
+        part.data[::7] = most
+        adata = anndata.AnnData(part)
+        adata.obs_names = [f"{most}-{i}" for i in range(N)]
+        parts.append(part)
+        paths.append(tmp_path / f"{most}.zarr")
+        atlasvi.ingest(adata, paths[-1])
+    whole = sp.vstack(parts).tocsr()
+    with atlasvi.open(paths) as both:
         types = {both.read_rows(slice(at, at + 9)).data.dtype for at in (0, N)}
-        assert types == {torch.uint8, torch.uint32}
+        assert types == {torch.uint16, torch.uint32}
         view = both[np.arange(400, 1_500)]
         epochs = Epochs(view, batch_size=100, seed=1, room=room(), num_workers=0)
         for epoch in range(2):
@@ -215,6 +219,7 @@ def test_what_goes_to_a_gpu_goes_by_page_locked_memory(monkeypatch):
     unit = Unit(0, 0, 0, 3, 3)
     assert not held.holds([unit]) and not held.holds([])
     assert held.put(0, block) and held.holds([unit])
+    block.data.zero_()  # what is held is a copy
     taken = held.take(np.zeros(4, np.int64), np.array([2, 0, 1, 0]))
     assert taken.to_dense().tolist() == [[3, 0, 0, 0], [0, 1, 0, 2], [0, 0, 0, 0], [0, 1, 0, 2]]
     assert held.take(*np.zeros((2, 0), np.int64)).shape == (0, 4)
