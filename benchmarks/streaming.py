@@ -125,7 +125,7 @@ def _epochs(store: str, batch_size: int, memory_budget: str) -> Any:
     from atlasvi.stream import Epochs
 
     epochs = Epochs(_open(store), batch_size=batch_size, memory_budget=memory_budget)
-    if not epochs.keeps:
+    if not epochs.kept:
         raise SystemExit(f"the counts do not fit into half of {memory_budget}")
     return epochs
 

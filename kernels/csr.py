@@ -166,7 +166,9 @@ class CSR:
         )
 
     def pin_memory(self) -> CSR:
-        """The same matrix in page-locked memory, from which a GPU copies without waiting."""
+        """The same matrix in page-locked memory, from which a GPU copies without waiting; one there stays."""
+        if self.device.type != "cpu":
+            return self
         return CSR(self.indptr.pin_memory(), self.indices.pin_memory(), self.data.pin_memory(), self.n_vars)
 
     def row_range(self, start: int, stop: int) -> CSR:
@@ -177,6 +179,8 @@ class CSR:
         """
         if not 0 <= start <= stop <= self.n_obs:
             raise IndexError(f"rows {start} to {stop} asked of a CSR with {self.n_obs} rows")
+        if stop - start == self.n_obs:
+            return self  # else a GPU would be asked, and waited for
         indptr = self.indptr[start : stop + 1]
         first, last = int(indptr[0]), int(indptr[-1])
         return CSR(indptr - first, self.indices[first:last], self.data[first:last], self.n_vars)

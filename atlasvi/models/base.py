@@ -76,7 +76,13 @@ from atlasvi.store.identity import look
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs
 from atlasvi.train.checkpoint import batch_size_of
-from atlasvi.train.estimate import DEFAULT_BATCH_SIZE, batch_size_that_fits, looks_at_once, shape_of
+from atlasvi.train.estimate import (
+    DEFAULT_BATCH_SIZE,
+    batch_size_that_fits,
+    looks_at_once,
+    room_for_counts,
+    shape_of,
+)
 from atlasvi.train.fit import Checkpoints, Listeners, fit
 from atlasvi.train.history import Check, EpochRecord, to_frame, to_frames
 from atlasvi.train.schedule import (
@@ -290,7 +296,8 @@ class CountModel(Generic[Config, Module]):
             seed: of split, order and noise: the same seed gives the same weights.
             num_workers: threads that read; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that blocks and minibatches may take; 256 MiB when ``None``.
-                Counts that fit into half of it stay in memory after the first epoch.
+                Counts that fit into half of it stay in memory after the first epoch; on a GPU those that fit
+                into half of what training leaves free stay there.
             checkpoint: folder to write the run to as it goes.
             checkpoint_every_seconds: least time between two checkpoints; 0 for each epoch.
             resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
@@ -346,15 +353,16 @@ class CountModel(Generic[Config, Module]):
         patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
+        room = room_for_counts(device, takes)
         epochs = partial(
             Epochs, atlas, codes, batch_size=batch_size, seed=seed, num_workers=num_workers,
-            memory_budget=memory_budget, rank=ranks.rank(), world_size=ranks.world_size(),
+            memory_budget=memory_budget, room=room, rank=ranks.rank(), world_size=ranks.world_size(),
         )  # fmt: skip
         minibatches = self._training_epochs(epochs, training)
         validation = Epochs(
             atlas, codes, batch_size=looks_at_once(batch_size), shuffle=False,
             positions=held_out[ranks.rank() :: ranks.world_size()],
-            num_workers=num_workers, memory_budget=memory_budget,
+            num_workers=num_workers, memory_budget=memory_budget, room=room,
         )  # fmt: skip
 
         run = {
@@ -373,7 +381,7 @@ class CountModel(Generic[Config, Module]):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
         self.records, self.checks = [], []
-        label = f"train, {takes.short}{', counts kept in memory' if minibatches.keeps else ''}"
+        label = f"train, {takes.short}{minibatches.kept and f', counts kept {minibatches.kept}'}"
         shown = enable_progress_bar and ranks.rank() == 0
         with (
             bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,

@@ -229,7 +229,7 @@ class WithLabelled:
 
     def __init__(self, full: Epochs, labelled: Epochs) -> None:
         self.full, self.labelled = full, labelled
-        self.keeps = full.keeps
+        self.kept = full.kept
         self._rounds = -(-full.plan(0).n_minibatches // labelled.plan(0).n_minibatches)
 
     def __call__(self, epoch: int = 0, start: int = 0) -> Iterator[Minibatch]:

@@ -3,6 +3,7 @@
 from atlasvi.stream.blocks import stream_blocks
 from atlasvi.stream.epochs import Epochs
 from atlasvi.stream.minibatch import gather, pack, pack_uncounted
+from atlasvi.stream.on_device import Room
 from atlasvi.stream.plan import (
     MEMORY_BUDGET,
     EpochPlan,
@@ -19,6 +20,7 @@ __all__ = [
     "MEMORY_BUDGET",
     "EpochPlan",
     "Epochs",
+    "Room",
     "Unit",
     "as_budget",
     "balance_weights",

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from atlasvi_kernels import CSR
+from atlasvi_kernels import CSR, RowPool
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.fields import Codes
 from atlasvi.stream.blocks import check_positions, each, in_atlas, reader
 from atlasvi.stream.minibatch import gather, pack
+from atlasvi.stream.on_device import OnDevice, Room
 from atlasvi.stream.plan import (
     EpochPlan,
+    Unit,
     as_budget,
     blocks_ahead,
     default_sizes,
@@ -43,7 +46,9 @@ class Epochs:
 
     The order depends on (number of cells, sizes, seed, epoch, weights): not on ``num_workers``, ``client`` or
     ``world_size``. Where the decoded counts of all these cells fit into half of ``memory_budget``, they stay
-    in memory as they are read, in their narrow types, and later epochs are gathered from there.
+    in memory as they are read, in their narrow types, and later epochs are gathered from there. Where they
+    fit into ``room`` they stay on its device instead, and later epochs are made there; with a ``world_size``
+    those of this reader, whose lanes have the same blocks in all epochs.
 
     Args:
         atlas: where the cells are.
@@ -62,6 +67,7 @@ class Epochs:
         world_size: readers that share the epoch. Each has some of the lanes, reads their part of the store
             alone, and gives its part of every minibatch.
         client: of a Dask cluster whose workers read, instead of threads of this process.
+        room: of the device that trains, for counts to stay there.
 
     Raises:
         OptionError: an argument outside its range.
@@ -94,6 +100,7 @@ class Epochs:
         rank: int = 0,
         world_size: int = 1,
         client: distributed.Client | None = None,
+        room: Room | None = None,
     ) -> None:
         if codes is not None:
             atlas = _as_model_sees(atlas, codes)
@@ -119,7 +126,9 @@ class Epochs:
         self._read = reader(atlas, self._at)
         self._kept: KeptBlocks | None = None
         n_bytes = int(bytes_per_row * self.n_obs)
-        if keep and shuffle and client is None and not atlas.in_memory and n_bytes <= budget // 2:
+        self._on_device = None if room is None else self._held_in(room, n_bytes // world_size)
+        keep = keep and shuffle and client is None and not atlas.in_memory and self._on_device is None
+        if keep and n_bytes <= budget // 2:
             self._read = self._kept = KeptBlocks(self._read, self._block_rows, self.n_obs)
             logger.info(
                 "the counts of %s cells (about %.0f MB) fit into half of memory_budget and stay in memory "
@@ -134,9 +143,11 @@ class Epochs:
         return self._atlas.n_obs if self._at is None else len(self._at)
 
     @property
-    def keeps(self) -> bool:
-        """Whether counts stay in memory as they are read."""
-        return self._kept is not None
+    def kept(self) -> str:
+        """Where counts stay as they are read: ``"in memory"``, ``"on cuda"``, or nowhere: ``""``."""
+        if self._on_device is not None:
+            return f"on {self._on_device.device}"
+        return "" if self._kept is None else "in memory"
 
     @property
     def is_kept(self) -> bool:
@@ -183,15 +194,44 @@ class Epochs:
             raise OptionError(f"start={start} of an epoch of {plan.n_minibatches} minibatches")
         lanes = range(self._rank, plan.n_lanes, self._world_size)
         units = plan.schedule(lanes, start)
+        if self._on_device is not None and self._on_device.holds(units):
+            nothing_read = (unit for unit in units)
+            return in_atlas(gather(nothing_read, units, self._on_device, plan, lanes, start), self._at)
         # What is in memory is had at once: no thread is worth its while.
         workers = 0 if self._kept is not None and self.is_kept else self._workers
         if self._client is None:
             read = read_units(self._read, units, num_workers=workers, ahead=self._ahead)
         else:
             read = read_units_on(self._client, self._atlas, self._at, units, ahead=self._ahead)
-        n_vars, together = self._atlas.n_vars, self._together
-        pieces = gather(read, units, plan, n_vars, lanes, start, together, alone=not workers)
+        if self._on_device is not None:
+            read = self._copied(read, units, self._on_device)
+        pool = RowPool(self._atlas.n_vars)
+        pieces = gather(read, units, pool, plan, lanes, start, self._together, alone=not workers)
         return in_atlas(pieces, self._at)
+
+    def _held_in(self, room: Room, n_bytes: int) -> OnDevice | None:
+        there_is, fits = room.n_bytes, room.reserve(n_bytes)
+        logger.info(
+            "the counts of %s cells (about %.0f MB) %s the %.0f MB that are free for them on %s%s",
+            f"{self.n_obs // self._world_size:,}", n_bytes / 1e6, "fit into" if fits else "do not fit into",
+            there_is / 1e6, room.device, " and stay there once they are read" if fits else "",
+        )  # fmt: skip
+        return OnDevice(room, n_bytes, self.n_obs, self._atlas.n_vars, pin_memory=self._pin) if fits else None
+
+    def _copied(self, read: Generator[CSR], units: list[Unit], to: OnDevice) -> Generator[CSR]:
+        """What is read, and copied to the device on the way."""
+        with closing(read):
+            for unit in units:
+                counts = next(read)
+                if self._on_device is to and not to.put(unit.start, counts):
+                    logger.warning(
+                        "the counts are larger than was estimated and do not fit on %s: "
+                        "they are read in every epoch", to.device,
+                    )  # fmt: skip
+                    self._on_device = None
+                yield counts
+                # Else it is kept alive while the next one is waited for.
+                del counts
 
 
 class KeptBlocks:

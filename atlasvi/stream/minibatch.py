@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numba
 import numpy as np
 import torch
-from atlasvi_kernels import CSR, RowPool
+from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
 from atlasvi.store.fields import Codes
@@ -18,6 +18,24 @@ from atlasvi.stream.plan import EpochPlan, Unit
 from atlasvi.types import Minibatch
 
 Positions: TypeAlias = NDArray[np.int64]
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+class Pool(Protocol[T_contra]):
+    """What rows are taken from: a `RowPool` of decoded blocks, or what is `OnDevice`."""
+
+    def add(self, unit: T_contra, /) -> int:
+        """Hold the rows of a unit, and return the number by which the others know it."""
+        ...
+
+    def drop(self, slot: int, /) -> None:
+        """Let go of them."""
+        ...
+
+    def take(self, slots: Positions, rows: Positions, /, *, alone: bool) -> CSR:
+        """Row ``rows[i]`` of unit ``slots[i]``, for all i."""
+        ...
 
 
 class _Held:
@@ -85,10 +103,10 @@ def _draw(taken, lane, first, last, start, slot, orders):  # type: ignore[no-unt
 
 
 def gather(
-    read: Generator[CSR],
+    read: Generator[T],
     units: list[Unit],
+    pool: Pool[T],
     plan: EpochPlan,
-    n_vars: int,
     lanes: range,
     start: int,
     together: int = 1,
@@ -98,16 +116,16 @@ def gather(
     """Minibatches drawn from the lanes, lane after lane; a unit is let go when its last row is drawn.
 
     Args:
-        read: the units, decoded.
+        read: the units, as the pool takes them.
         units: of these lanes, as `EpochPlan.schedule` has them.
+        pool: what holds their rows; empty, or one that needs nothing read.
         plan: of the epoch.
-        n_vars: number of genes.
         lanes: to draw from.
         start: minibatch to begin with.
         together: minibatches that are gathered in one go, and share their memory.
         alone: whether nobody reads beside.
     """
-    pool, held, coming = RowPool(n_vars), _Held(), iter(units)
+    held, coming = _Held(), iter(units)
     mine = np.array(lanes, np.int64)
     with closing(read):
         before = plan.taken(start)

@@ -20,7 +20,7 @@ from atlasvi.memory import available_bytes
 from atlasvi.nn import ranks
 from atlasvi.nn.layers import InputLinear
 from atlasvi.store.atlas import Atlas
-from atlasvi.stream import as_budget
+from atlasvi.stream import Room, as_budget
 from atlasvi.train.schedule import TrainingPlan
 
 logger = logging.getLogger("atlasvi")
@@ -246,6 +246,16 @@ def free_bytes(device: torch.device) -> int | None:
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     free = available_bytes()
     return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def room_for_counts(device: torch.device, takes: Estimate) -> Room | None:
+    """Where counts may stay on a GPU: half of what training leaves, as a `Room` needs twice its bytes.
+
+    ``None`` on a CPU, where ``memory_budget`` says what may stay.
+    """
+    if device.type == "cpu":
+        return None
+    return Room(device, max(0, (free_bytes(device) or 0) - takes.on_device) // 2)
 
 
 def _mb(n_bytes: int) -> str:

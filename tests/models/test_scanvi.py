@@ -5,12 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 import atlasvi
 from atlasvi.errors import NotTrainedError, ObsError, OptionError
+from atlasvi.models import base
 from atlasvi.models.scanvi import SCANVI, WithLabelled
 from atlasvi.models.scvi import SCVI
-from atlasvi.stream import Epochs
+from atlasvi.stream import Epochs, Room
 
 
 @pytest.fixture
@@ -44,6 +46,15 @@ def train(model, max_epochs=15, **options):
     options = {"batch_size": 64, "plan_kwargs": {"lr": 0.01}, "enable_progress_bar": False, **options}
     model.train(max_epochs, **options)
     return model
+
+
+def test_counts_kept_on_the_device_train_to_the_same_weights(cells, monkeypatch):
+    """Labelled cells and all of them, of which each has its part of the room."""
+    fresh = train(build(cells, balance_labels=True), 4).module.state_dict()
+    for n_bytes in (1 << 30, 10_000):
+        monkeypatch.setattr(base, "room_for_counts", lambda device, takes, n=n_bytes: Room(device, n))
+        kept = train(build(cells, balance_labels=True), 4).module.state_dict()
+        assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
 
 
 @pytest.mark.parametrize("options", [{}, {"linear_classifier": True, "balance_labels": True}], ids=str)

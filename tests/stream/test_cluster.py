@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 import zarr
 
 from atlasvi.errors import CorruptError, CountsError, OptionError, StoreError
@@ -23,6 +24,7 @@ from atlasvi.store.atlas import Atlas
 from atlasvi.store.cluster import Piece, Place, check_places, count_readers, in_order, locate
 from atlasvi.store.ingest import ingest
 from atlasvi.store.tasks import run_tasks
+from atlasvi.stream import Epochs, Room
 from atlasvi.stream.plan import plan_epoch
 from atlasvi.stream.read import count_workers, read_units_on
 
@@ -136,6 +138,17 @@ def test_the_same_sequence_from_threads_and_from_the_cluster(client, places, pla
     assert {n for _, n in here} == {atlas.n_obs}
     assert there == here
     assert len(here) == 1
+
+
+def test_counts_that_a_cluster_read_stay_on_the_device(client, places, monkeypatch):
+    atlas = places["view of joined"]
+    options = {"batch_size": 64, "seed": 1}
+    fresh = Epochs(atlas, **options, keep=False)
+    here = Epochs(atlas, **options, client=client, room=Room(torch.device("cpu"), 1 << 30))
+    list(here.counts(0))
+    monkeypatch.setattr(client, "submit", None)  # whoever asks it from now on fails
+    monkeypatch.setattr(client, "compute", None)
+    assert digest_of_stream(here.counts(1)) == digest_of_stream(fresh.counts(1))
 
 
 def test_ordered_blocks_come_from_the_cluster_too(client, places):

@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from atlasvi_kernels import RowPool
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 from atlasvi.store.atlas import Atlas
@@ -111,7 +112,7 @@ def test_minibatches_are_those_of_the_plan_from_any_on_and_for_any_reader(
         read_rows.extend(range(a, b))
         return atlas.read_rows(slice(a, b))
 
-    pieces = list(gather(read_units(read, units, num_workers=2), units, plan, 60, lanes, start))
+    pieces = list(gather(read_units(read, units, num_workers=2), units, RowPool(60), plan, lanes, start))
     assert len(pieces) == 5 - start
     for i, (counts, positions) in enumerate(pieces, start):
         np.testing.assert_array_equal(positions, plan.positions(i, lanes))

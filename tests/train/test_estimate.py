@@ -13,8 +13,9 @@ from atlasvi.errors import OptionError
 from atlasvi.memory import available_bytes
 from atlasvi.models.dca import DCA
 from atlasvi.models.scvi import SCVI
+from atlasvi.stream import Room
 from atlasvi.train import estimate as module
-from atlasvi.train.estimate import StepShape, choose_batch_size, estimate, looks_at_once
+from atlasvi.train.estimate import StepShape, choose_batch_size, estimate, looks_at_once, room_for_counts
 
 # Without cells x genes in one op, so that the minibatch is what counts.
 SHAPE = StepShape(
@@ -95,6 +96,16 @@ def test_of_a_gpu_the_stream_does_not_count():
     free = estimate(SHAPE, 128).on_device
     assert choose_batch_size("auto", SHAPE, free, on_device=True) == 128
     assert choose_batch_size("auto", SHAPE, free, on_device=False) < 128
+
+
+def test_counts_may_take_half_of_what_training_leaves_on_a_gpu(monkeypatch):
+    takes = estimate(SHAPE, 128)
+    gpu = torch.device("cuda", 0)  # which need not be there to be named
+    monkeypatch.setattr(module, "free_bytes", lambda device: takes.on_device + 1_000)
+    assert room_for_counts(gpu, takes) == Room(gpu, 500)
+    monkeypatch.setattr(module, "free_bytes", lambda device: takes.on_device - 1)
+    assert room_for_counts(gpu, takes) == Room(gpu, 0)
+    assert room_for_counts(torch.device("cpu"), takes) is None
 
 
 def test_it_rises_with_all_that_takes_memory():

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from atlasvi.errors import ModelError, OptionError, TrainingError, VersionError
+from atlasvi.models import base
 from atlasvi.models.scvi import SCVI
+from atlasvi.stream import Room
+from atlasvi.stream.on_device import OnDevice
 from atlasvi.train.history import CsvLog
 
 EPOCHS = 4
@@ -101,6 +104,45 @@ def test_a_store_on_disk_and_the_same_in_memory_train_to_the_same_weights(adata,
     SCVI.setup_anndata(small_atlas, batch_key="batch", gene_mask=None)
     # Blocks are chosen by the bytes of a row, which differ; here one block holds all of them.
     assert_same(train(make(), 2), train(SCVI(small_atlas, n_hidden=16, n_latent=3), 2))
+
+
+@pytest.mark.parametrize("schedule", ["adaptive", "scvi-tools"])
+def test_counts_kept_on_the_device_train_to_the_same_weights(
+    small_atlas, monkeypatch, tmp_path, capfd, schedule
+):
+    SCVI.setup_anndata(small_atlas, batch_key="batch", gene_mask=None)
+    run = {"schedule": schedule, "num_workers": 0}
+
+    def make():
+        return SCVI(small_atlas, n_hidden=16, n_latent=3)
+
+    fresh = train(make(), **run)
+    rooms, taken, take = [], [], OnDevice.take
+
+    def make_room(device, takes):
+        rooms.append(Room(device, 1 << 30))
+        return rooms[-1]
+
+    def watched(self, starts, rows, **options):
+        taken.append(len(rows))
+        return take(self, starts, rows, **options)
+
+    monkeypatch.setattr(base, "room_for_counts", make_room)
+    monkeypatch.setattr(OnDevice, "take", watched)
+    kept = make()
+    kept.train(EPOCHS, batch_size=64, **run)
+    assert "counts kept on cpu" in capfd.readouterr().err
+    assert_same(fresh, kept)
+    assert_same_history(fresh, kept)
+    # All cells but in the first pass, which adaptive training has before the first epoch; and likewise looks.
+    n_epochs, looks = EPOCHS - (schedule != "adaptive"), len(kept.validation_history) - 1
+    assert sum(taken) == n_epochs * len(kept.train_indices) + looks * len(kept.validation_indices)
+    assert len(rooms) == 1 and rooms[0].n_bytes < 1 << 30
+
+    checkpoint = {"checkpoint": tmp_path / "run", "checkpoint_every_seconds": 0.0}
+    with pytest.raises(Killed):
+        train(make(), **run, **checkpoint, on_epoch=kill_at(2))
+    assert_same(fresh, train(make(), **run, **checkpoint, resume=True))
 
 
 # --- going on -----------------------------------------------------------------------------------
