@@ -22,7 +22,7 @@ def make(adata):
     def build(kind=SCVI, setup=None, **options):
         kind.setup_anndata(adata, batch_key="batch", gene_mask=None, **(setup or {}))
         model = kind(adata, **{"n_hidden": 16, "n_latent": 1, **options})
-        model.train(3, batch_size=64, enable_progress_bar=False)
+        model.train(10, batch_size=64, enable_progress_bar=False)
         return model
 
     return build
