@@ -42,7 +42,7 @@ def main() -> None:
             shown = [f"{elbo:,.1f}", f"{mixing:.3f}", f"{ari:.3f}", f"{steps:,.0f}"]
             rows.append([name, f"{rate:g}", *shown, len(found)])
             print("\t".join(map(str, rows[-1])), flush=True)
-    print(table(HEADS, rows))
+    print(table(HEADS, rows, markdown=True))
 
 
 def scores(name: str, rate: float, seed: int) -> tuple[float, float, float, int]:
