@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.paper.data import SETS
-from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, rows, scalars
+from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, SHORT, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
@@ -24,8 +24,8 @@ REAL = (
     "pbmc_3chemistries", "monocle3_worm_embryo",
 )  # fmt: skip
 VARIATIONAL = (
-    "atlasvi", "atlasvi, NB", "atlasvi, prior mog", "atlasvi, prior vamp", "atlasvi SCVAE", "atlasvi GMVAE",
-    "scvi-tools",
+    "atlasvi", SHORT, "atlasvi, NB", "atlasvi, prior mog", "atlasvi, prior vamp", "atlasvi SCVAE",
+    "atlasvi GMVAE", "scvi-tools",
 )  # fmt: skip
 EXACT = ("atlasvi FA", "scikit-learn FA", "atlasvi PPCA", "scikit-learn PPCA")
 METHODS = (*VARIATIONAL, *EXACT)
@@ -83,6 +83,7 @@ def tables(record: Record) -> dict[str, str]:
     compared = [(name, genes) for name, genes in real] + [(name, "all") for name in SIMULATED]
     return {
         "differences": difference_table(differences(record, compared, MEASURES)),
+        "bfloat16": difference_table(differences(record, compared, MEASURES, ours=SHORT), ours=SHORT),
         "simulated": _by_cells(record),
         "real": _by_set(record, list(real)),
         "not run": table(("method", "not run"), [[name, NOT_RUN[name]] for name in ("ZIFA", "ZINB-WaVE")]),

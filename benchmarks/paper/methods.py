@@ -14,6 +14,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.record import Record
 
 OURS = "atlasvi"
+SHORT = "atlasvi, bfloat16"
 PEER = "scvi-tools"
 
 
@@ -23,7 +24,7 @@ class Method:
 
     Args:
         side: the method of a `Job`.
-        options: of the model.
+        options: of the model, and ``"precision"`` of its training.
         by_labels: the option that is given the number of labels, or ``None``.
     """
 
@@ -34,6 +35,7 @@ class Method:
 
 METHODS = {
     "atlasvi": Method("atlasvi"),
+    SHORT: Method("atlasvi", {"precision": "bf16"}),
     "atlasvi, NB": Method("atlasvi", {"gene_likelihood": "nb"}),
     "atlasvi, prior mog": Method("atlasvi", {"prior": "mog"}),
     "atlasvi, prior vamp": Method("atlasvi", {"prior": "vamp"}),

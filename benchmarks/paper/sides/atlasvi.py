@@ -33,6 +33,9 @@ def fit(job: Job) -> dict[str, Any]:
     is_scvi = kind is atlasvi.SCVI
     batch_key = "batch" if "batch" in adata.obs and is_scvi else None
     train, validation, test = data_set.split(adata.n_obs, job.seed)
+    options = dict(job.options)
+    # The one option that is of training and not of the model.
+    training = {"precision": options.pop("precision")} if "precision" in options else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.zarr"
         atlasvi.ingest(adata, path)
@@ -41,9 +44,11 @@ def fit(job: Job) -> dict[str, Any]:
             fitted = atlas[np.sort(np.concatenate([train, validation]))]
             share = len(train) / (len(train) + len(validation))
             kind.setup_anndata(fitted, **({"batch_key": batch_key} if batch_key else {}), gene_mask=None)
-            model = kind(fitted, n_latent=job.n_latent, seed=job.seed, **job.options)
+            model = kind(fitted, n_latent=job.n_latent, seed=job.seed, **options)
             start = time.perf_counter()
-            model.train(job.max_epochs, train_size=share, seed=job.seed, enable_progress_bar=False)
+            model.train(
+                job.max_epochs, train_size=share, seed=job.seed, enable_progress_bar=False, **training
+            )
             seconds = time.perf_counter() - start
             found = {
                 "model": model,
