@@ -5,11 +5,11 @@
 
 scvi-tools is given its default learning rate, minibatch and architecture, and a KL warm-up that ends (20
 epochs, since with its default of 400 the weight is never full), or ours with ``--peer-lr 0.01 --warmup 4``.
-Its negative ELBO at full KL weight on the cells kept apart is taken after each epoch, and the time of its
-training alone, without those looks. atlasvi has its defaults, on the same cells kept apart; its time runs from
-the call of ``train`` and includes looks. The table shows when each first reaches the best that scvi-tools'
-curve reaches, and where each ends: ELBO and adjusted Rand index of k-means on the latent against the published
-labels.
+Its negative ELBO at full KL weight on the cells kept apart is taken after each epoch, and the time of
+its training alone, without those looks. atlasvi has its defaults, on the same cells kept apart; its time
+runs from the call of ``train`` and includes looks. The table shows when each first reaches the best that
+scvi-tools' curve reaches, and where each ends: ELBO and adjusted Rand index of k-means on the latent
+against the published labels.
 """
 
 from __future__ import annotations
