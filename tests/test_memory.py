@@ -33,15 +33,16 @@ def measure(tmp_path_factory):
 
     def run(stages, cells, *options):
         out = folder / f"{stages[0]}-{max(cells)}.json"
-        subprocess.run(
+        done = subprocess.run(
             [
                 sys.executable, "-m", "benchmarks.scale.memory", "--stage", *stages,
                 "--cells", *map(str, cells), "--folder", str(folder), "--out", str(out), "--repeats", "1",
                 "--genes", "600", "--counts", "1500", "--repeat", "4000", "--stream-budget", str(2 << 20),
                 "--hidden", "64", "--live", "1", "--cores", "1", "--workers", "1", *options,
             ],
-            cwd=ROOT, check=True, capture_output=True,
+            cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr
         runs = json.loads(out.read_text())["runs"]
         return {(found["stage"], found["cells"]): found["peak"] for found in runs}
 

@@ -52,7 +52,7 @@ def test_learnt(quick: Options) -> None:
     assert set(found) == set(learnt.QUICK_PARTS)
     assert found["library"]["with_totals"] > 0.9
     # A gamma spreads counts, so fewer cells have one than a binomial of the mean has it.
-    assert found["detection"]["binomial"] < 0.1
+    assert found["detection"]["binomial"] < 0.12
     assert found["zeros"]["nb_genes"] < -0.5
     assert abs(found["noise"]["blob"]) < 0.1
 
