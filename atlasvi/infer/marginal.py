@@ -17,10 +17,15 @@ import numpy as np
 import torch
 
 from atlasvi.infer.encoded import EncodedBlock, encode_block
-from atlasvi.types import GeneratesCounts, Minibatch, Posterior
+from atlasvi.types import GeneratesCounts, HasPrior, Minibatch, Posterior
 
 # Draws of a seed of their own: those of the ELBO are draw 0 of theirs.
 _SEED = 1 << 41
+
+
+def has_marginal(module: object) -> bool:
+    """Whether p(z) has a density by which draws of z can be weighed."""
+    return isinstance(module, HasPrior) and module.prior_has_density
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from atlasvi.infer.dropout import technical_zeros
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.encoded import Encoded, FromCounts, ReadCounts, Selected, Source, encode_cells
 from atlasvi.infer.latent import latent_blocks
-from atlasvi.infer.marginal import marginal_blocks
+from atlasvi.infer.marginal import has_marginal, marginal_blocks
 from atlasvi.infer.normalized import Weighting, normalized_expression
 from atlasvi.infer.on_cluster import decode_on, encode_on, located
 from atlasvi.infer.predictive import check_table, predictive_sums
@@ -93,7 +93,7 @@ from atlasvi.train.schedule import (
     default_epochs,
     steps_between_checks,
 )
-from atlasvi.types import Decodes, Encodes, FieldMap, HasPrior, LossTerms, Minibatch, Starts
+from atlasvi.types import Decodes, Encodes, FieldMap, LossTerms, Minibatch, Starts
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -1295,7 +1295,7 @@ class CountModel(Generic[Config, Module]):
         refuse("get_marginal_ll", unsupported)
         at_least_one("n_mc_samples", n_mc_samples)
         self._must_be_trained()
-        if not (isinstance(self.module, HasPrior) and self.module.prior_has_density):
+        if not has_marginal(self.module):
             raise OptionError(
                 f"{type(self).__name__} has no get_marginal_ll: draws of z are weighed by the density of "
                 "p(z), and here none is known; get_elbo, where there is one, is a bound"

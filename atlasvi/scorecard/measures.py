@@ -18,7 +18,7 @@ from atlasvi.errors import CellsError
 from atlasvi.infer.decode import Request
 from atlasvi.infer.elbo import elbo_blocks
 from atlasvi.infer.latent import latent_blocks
-from atlasvi.infer.marginal import marginal_blocks
+from atlasvi.infer.marginal import has_marginal, marginal_blocks
 from atlasvi.infer.predictive import check_table, predictive_sums
 from atlasvi.infer.sample import rows_at_once
 from atlasvi.report import Embedding, embed
@@ -35,7 +35,7 @@ from atlasvi.scorecard.card import (
     Split,
 )
 from atlasvi.scorecard.cells import CELLS_AT_ONCE, Cells, Column, Terms
-from atlasvi.types import Decodes, Encodes, GeneratesCounts, HasPrior
+from atlasvi.types import Decodes, Encodes, GeneratesCounts
 
 if TYPE_CHECKING:
     from atlasvi.models.base import CountModel
@@ -88,14 +88,13 @@ def with_marginal(
     if found.name != "ELBO":
         what = "of a deterministic code" if isinstance(model.module, Decodes) else "exact already"
         return NotApplicable(part, f"{name} has no posterior to draw from: its log-likelihood is {what}")
-    module: torch.nn.Module = model.module
-    if not (isinstance(module, HasPrior) and module.prior_has_density):
+    if not has_marginal(model.module):
         return NotApplicable(part, f"the prior of {name} has no density that is known")
     device, minibatches = model._device, list(cells.minibatches(CELLS_AT_ONCE // 4))
     marginal = torch.cat(
-        list(marginal_blocks(module, iter(minibatches), device, n_samples=n_draws, seed=seed))
+        list(marginal_blocks(model.module, iter(minibatches), device, n_samples=n_draws, seed=seed))
     )
-    terms = elbo_blocks(module, iter(minibatches), device, seed=seed)
+    terms = elbo_blocks(model.module, iter(minibatches), device, seed=seed)
     elbo = torch.cat([-term.elbo.double().cpu() for term in terms])
     return replace(
         found, marginal=rounded(float(marginal.mean())), marginal_elbo=rounded(float(elbo.mean())),

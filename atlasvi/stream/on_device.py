@@ -99,12 +99,7 @@ class OnDevice:
 
     def holds(self, units: list[Unit]) -> bool:
         """Whether all rows of these units are here: then they can be taken."""
-        if not units or any((self._length[unit.start : unit.stop] < 0).any() for unit in units):
-            return False
-        # One after the other: the parts of the first are let go before the second is put together.
-        self._indices = _joined(self._indices)
-        self._data = _joined(self._data)
-        return True
+        return bool(units) and all((self._length[unit.start : unit.stop] >= 0).all() for unit in units)
 
     def add(self, unit: Unit) -> int:
         """The number by which `take` knows a unit: where it starts."""
@@ -115,6 +110,9 @@ class OnDevice:
 
     def take(self, starts: Positions, rows: Positions, *, alone: bool = True) -> CSR:
         """Row ``rows[i]`` of the unit that starts at ``starts[i]``, for all i, whoever reads beside."""
+        # One after the other: the parts of the first are let go before the second is put together.
+        self._indices = _joined(self._indices)
+        self._data = _joined(self._data)
         (indices,), (data,) = self._indices, self._data
         length, offset = self._length[starts + rows], self._offset[starts + rows]
         # Where each row begins among those taken, and how far from there it lies among all.
