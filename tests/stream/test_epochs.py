@@ -11,43 +11,7 @@ from atlasvi.store.atlas import Atlas
 from atlasvi.store.fields import register, resolve
 from atlasvi.stream import Epochs
 from atlasvi.stream.epochs import KeptBlocks
-
-N = 900
-KINDS = np.repeat(["a", "b", "c"], [700, 180, 20])
-
-
-@pytest.fixture(scope="module")
-def counts():
-    matrix = sp.random(N, 50, 0.3, format="csr", random_state=0, dtype=np.float32)
-    matrix.data = np.ceil(matrix.data * 20)
-    return matrix
-
-
-@pytest.fixture(scope="module")
-def path(counts, tmp_path_factory):
-    adata = anndata.AnnData(counts)
-    adata.obs["kind"] = KINDS
-    path = tmp_path_factory.mktemp("epochs") / "atlas.zarr"
-    atlasvi.ingest(adata, path)
-    return path
-
-
-@pytest.fixture
-def atlas(path):
-    with atlasvi.open(path) as atlas:
-        yield atlas
-
-
-def watch(atlas, monkeypatch):
-    """The blocks that are read from now on."""
-    reads, read_rows = [], Atlas.read_rows
-
-    def watching(self, rows):
-        reads.append(rows)
-        return read_rows(self, rows)
-
-    monkeypatch.setattr(Atlas, "read_rows", watching)
-    return reads
+from tests.stream.conftest import KINDS, N
 
 
 def everything(pieces):
@@ -56,9 +20,7 @@ def everything(pieces):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("positions", [None, np.arange(3, N, 2)])
-def test_what_is_kept_gives_the_same_minibatches_and_is_not_read_again(
-    atlas, monkeypatch, num_workers, positions
-):
+def test_what_is_kept_gives_the_same_minibatches_and_is_not_read_again(atlas, reads, num_workers, positions):
     options = {"batch_size": 64, "seed": 5, "positions": positions, "num_workers": num_workers}
     kept, fresh = Epochs(atlas, **options), Epochs(atlas, keep=False, **options)
     for epoch in range(3):
@@ -66,7 +28,7 @@ def test_what_is_kept_gives_the_same_minibatches_and_is_not_read_again(
         assert [rows for rows, _ in one] == [rows for rows, _ in other]
         for (_, a), (_, b) in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
-    reads = watch(atlas, monkeypatch)
+    reads.clear()
     list(kept.counts(7))
     assert reads == []
     list(fresh.counts(7))
@@ -80,11 +42,11 @@ def test_counts_are_kept_in_their_narrow_types(atlas):
     assert held < 1.05 * (atlas.read_rows(slice(None)).nbytes + 8 * len(epochs._kept._blocks))
 
 
-def test_what_does_not_fit_in_half_of_the_budget_is_read_each_time(atlas, monkeypatch):
+def test_what_does_not_fit_in_half_of_the_budget_is_read_each_time(atlas, reads):
     n_bytes = int(atlas.bytes_per_row * N)
     epochs = Epochs(atlas, num_workers=0, memory_budget=int(1.9 * n_bytes))
     list(epochs.counts(0))
-    reads = watch(atlas, monkeypatch)
+    reads.clear()
     list(epochs.counts(0))
     assert reads != []
     assert Epochs(atlas, memory_budget=int(2.3 * n_bytes))._kept is not None
