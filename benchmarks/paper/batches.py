@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from atlasvi.metrics import clustering_scores, entropy_of_batch_mixing, silhouette
-from benchmarks.paper.data import SETS, DataSet
-from benchmarks.paper.methods import DEFAULTS, OURS, PEER, SHORT, rows, scalars
+from atlasvi.metrics import entropy_of_batch_mixing, silhouette
+from benchmarks.paper.clustering import agreement
+from benchmarks.paper.data import DataSet
+from benchmarks.paper.methods import DEFAULTS, OURS, PEER, SHORT, asked, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record, Row
@@ -48,12 +49,8 @@ DEFINITIONS = {
 def run(options: Options) -> None:
     """Make the rows that are not there yet."""
     record = Record(options.results / "batches.json", DEFINITIONS)
-    for name in options.data or (("little",) if options.quick else DATA):
-        data_set = SETS[name]
-        data_set.prepare(options.work)
-        methods = options.methods or (METHODS[:1] if options.quick else METHODS)
-        for genes in data_set.gene_sets:
-            _run(record, options, data_set, genes, methods)
+    for data_set, genes, methods in asked(options, DATA, METHODS):
+        _run(record, options, data_set, genes, methods)
 
 
 def _run(
@@ -84,10 +81,7 @@ def scores(latent: np.ndarray, obs: Any, n_init: int) -> Row:
         "batch_silhouette_size": abs(width),
     }
     if "label" in obs:
-        labels = np.asarray(obs["label"].astype(str))
-        agreement = clustering_scores(latent, labels, seed=0, n_init=n_init)
-        found |= {"ari": agreement.ari, "nmi": agreement.nmi}
-        found["silhouette"] = silhouette(latent, labels, seed=0)[0]
+        found |= agreement(latent, np.asarray(obs["label"].astype(str)), n_init)
     return found
 
 

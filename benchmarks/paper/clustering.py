@@ -13,7 +13,7 @@ import numpy as np
 
 from atlasvi.metrics import clustering_scores, silhouette
 from benchmarks.paper.data import SETS, DataSet
-from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, rows, scalars
+from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, asked, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
@@ -52,16 +52,12 @@ DEFINITIONS = {
 def run(options: Options) -> None:
     """Make the rows that are not there yet."""
     record = Record(options.results / "clustering.json", DEFINITIONS)
-    for name in options.data or (("little",) if options.quick else DATA):
-        data_set = SETS[name]
-        data_set.prepare(options.work)
-        methods = options.methods or (METHODS[:1] if options.quick else METHODS)
-        for genes in data_set.gene_sets:
-            _run(record, options, data_set, genes, methods, {})
-        if name == STABILITY:
+    for data_set, genes, methods in asked(options, DATA, METHODS):
+        _run(record, options, data_set, genes, methods, {})
+        if data_set.name == STABILITY and genes == data_set.gene_sets[0]:
+            some = tuple(method for method in methods if method in (OURS, PEER))
             for what, value in VARIED:
-                some = tuple(method for method in methods if method in (OURS, PEER))
-                _run(record, options, data_set, data_set.gene_sets[0], some, {what: value})
+                _run(record, options, data_set, genes, some, {what: value})
 
 
 def _run(
@@ -92,9 +88,7 @@ def scores(
     for suffix, types in (("", labels), ("_coarse", coarse)):
         if suffix and not 1 < len(set(types)) < len(set(labels)):
             continue
-        agreement = clustering_scores(latent, types, seed=0, n_init=n_init)
-        found |= {f"ari{suffix}": agreement.ari, f"nmi{suffix}": agreement.nmi}
-        found[f"silhouette{suffix}"] = silhouette(latent, types, seed=0)[0]
+        found |= {f"{name}{suffix}": value for name, value in agreement(latent, types, n_init).items()}
     if "clusters" in arrays:
         from sklearn.metrics import adjusted_rand_score
 
@@ -102,9 +96,15 @@ def scores(
     return found
 
 
+def agreement(latent: np.ndarray, labels: np.ndarray, n_init: int) -> dict[str, float]:
+    """Of k-means on a latent with labels, and the silhouette of these."""
+    found = clustering_scores(latent, labels, seed=0, n_init=n_init)
+    return {"ari": found.ari, "nmi": found.nmi, "silhouette": silhouette(latent, labels, seed=0)[0]}
+
+
 def tables(record: Record) -> dict[str, str]:
     """Markdown."""
-    usual = _usual(record)
+    usual = record.only(**DEFAULTS)
     heads = ("data", "genes", "method", "ARI", "NMI", "silhouette", "ARI, coarse", "NMI, coarse", "seeds")
     return {
         "differences": difference_table(differences(usual, sets_of(usual), MEASURES)),
@@ -114,11 +114,6 @@ def tables(record: Record) -> dict[str, str]:
             ("method", "not run"), [[name, NOT_RUN[name]] for name in ("SIMLR", "ZIFA", "DCA, published")]
         ),
     }
-
-
-def _usual(record: Record) -> Record:
-    """The rows in which nothing is varied."""
-    return record.only(**DEFAULTS)
 
 
 def _stability(record: Record) -> str:
@@ -137,7 +132,7 @@ def _stability(record: Record) -> str:
 
 def pictures(record: Record) -> dict[str, str]:
     """SVG files."""
-    usual = _usual(record)
+    usual = record.only(**DEFAULTS)
     return {
         "evidence-clustering.svg": dots(
             panels(usual, METHODS, "ari"),

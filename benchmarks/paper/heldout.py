@@ -16,7 +16,7 @@ from benchmarks.paper.methods import DEFAULTS, NOT_RUN, OURS, PEER, SHORT, rows,
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
-from benchmarks.paper.tables import difference_table, differences, mean_of, n_seeds, table
+from benchmarks.paper.tables import difference_table, differences, genes_shown, mean_of, n_seeds, table
 
 SIMULATED = tuple(f"simulated_{n}k" for n in (4, 10, 15, 50, 100))
 REAL = (
@@ -117,7 +117,7 @@ def _by_set(record: Record, sets: list[tuple[str, int | str]]) -> str:
             key = {**of, "method": method}
             if record.has(**key):
                 values = [mean_of(record, m, **key) or "" for m in (*MEASURES, "log_likelihood")]
-                head = [data, f"{genes:,}" if genes != "all" else "all", f"{zeros:.0%}", method]
+                head = [data, genes_shown(genes), f"{zeros:.0%}", method]
                 lines.append([*head, *values, n_seeds(record, **key)])
     heads = ("data", "genes", "zeros", "method", "ELBO", "refitted", "importance sampling", "exact", "seeds")
     return table(heads, lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -70,34 +71,20 @@ def run(options: Options) -> None:
     if options.quick:
         sets, permuted = [("little", None)], (("little", None),)
     methods = options.methods or (*TRIVIAL, AS_THEY_ARE, *(("atlasvi",) if options.quick else SIDES))
-    for seed in range(options.seeds):
-        for method in methods:
-            for data, n_genes in sets:
-                whats = (*CORRUPTIONS, PERMUTED) if (data, n_genes) in permuted else (*CORRUPTIONS,)
-                for what in whats:
-                    key = {
-                        "data": data,
-                        "genes": n_genes or "all",
-                        "corruption": what,
-                        "method": method,
-                        "seed": seed,
-                    }
-                    # Counts as they are say nothing of what was lost, and other trivial answers do not vary.
-                    nothing = TRIVIAL if what == PERMUTED else (AS_THEY_ARE,)
-                    if record.has(**key) or method in nothing:
-                        continue
-                    job = Job(
-                        method,
-                        data,
-                        seed,
-                        n_genes,
-                        max_epochs=10 if options.quick else None,
-                        options={"corruption": what},
-                    )
-                    row = _row(job, options)
-                    if row is not None:
-                        record.add({**key, **row})
-                        print(key, row.get("mean_l1", row.get("mean_r")), flush=True)
+    for seed, method, (data, n_genes) in product(range(options.seeds), methods, sets):
+        for what in (*CORRUPTIONS, PERMUTED) if (data, n_genes) in permuted else (*CORRUPTIONS,):
+            genes = n_genes or "all"
+            key = {"data": data, "genes": genes, "corruption": what, "method": method, "seed": seed}
+            # Counts as they are say nothing of what was lost, and other trivial answers do not vary.
+            nothing = TRIVIAL if what == PERMUTED else (AS_THEY_ARE,)
+            if record.has(**key) or method in nothing:
+                continue
+            epochs = 10 if options.quick else None
+            job = Job(method, data, seed, n_genes, max_epochs=epochs, options={"corruption": what})
+            row = _row(job, options)
+            if row is not None:
+                record.add({**key, **row})
+                print(key, row.get("mean_l1", row.get("mean_r")), flush=True)
 
 
 def _row(job: Job, options: Options) -> Row | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.data import SETS
+from benchmarks.paper.data import SETS, DataSet
 from benchmarks.paper.fits import Job, fit
 from benchmarks.paper.options import Options
 from benchmarks.paper.record import Record
@@ -65,6 +65,16 @@ NOT_RUN = {
 
 # Fields of a `Job` that an experiment may vary; a row says them all, so that none is taken for another.
 DEFAULTS = {"n_latent": 10, "max_epochs": None}
+
+
+def asked(
+    options: Options, data: Sequence[str], methods: tuple[str, ...]
+) -> Iterator[tuple[DataSet, int | None, tuple[str, ...]]]:
+    """Each set, made ready, its numbers of genes, and the methods: the first on little data if quick."""
+    for name in options.data or (("little",) if options.quick else data):
+        SETS[name].prepare(options.work)
+        for genes in SETS[name].gene_sets:
+            yield SETS[name], genes, options.methods or (methods[:1] if options.quick else methods)
 
 
 def rows(

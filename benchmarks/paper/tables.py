@@ -69,8 +69,9 @@ def difference_table(found: Sequence[Compared], ours: str = OURS, theirs: str = 
         ends = [number(end, sign=True, digits=digits) for end in (d.low, d.high)]
         lines.append(
             [
-                c.data, _genes(c.genes), NAMES.get(c.measure, c.measure), number(c.ours), number(c.theirs),
-                number(d.gain, sign=True, digits=digits), " to ".join(ends) if d.n > 1 else "",
+                c.data, genes_shown(c.genes), NAMES.get(c.measure, c.measure),
+                number(c.ours), number(c.theirs), number(d.gain, sign=True, digits=digits),
+                " to ".join(ends) if d.n > 1 else "",
                 number(d.margin, digits=max(digits, 2)), f"{d.n} of {SEEDS}", d.word,
             ]
         )  # fmt: skip
@@ -125,7 +126,7 @@ def method_lines(record: Record, methods: Sequence[str], measures: Sequence[str]
             key = {"data": data, "genes": genes, "method": method}
             if record.has(**key):
                 values = [mean_of(record, m, **key) for m in measures]
-                lines.append([data, _genes(genes), method, *values, n_seeds(record, **key)])
+                lines.append([data, genes_shown(genes), method, *values, n_seeds(record, **key)])
     return lines
 
 
@@ -165,7 +166,8 @@ def _digits(value: float) -> int:
     return 1 if abs(value) >= 100 else 3
 
 
-def _genes(genes: int | str) -> str:
+def genes_shown(genes: int | str) -> str:
+    """How many, as tables say it."""
     return genes if isinstance(genes, str) else f"{genes:,}"
 
 

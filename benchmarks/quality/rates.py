@@ -8,17 +8,15 @@ and steps taken. Means over the seeds, each of which is another split and anothe
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-import atlasvi
 from atlasvi.metrics import clustering_scores, entropy_of_batch_mixing
 from benchmarks.common import table
 from benchmarks.paper.data import SETS
+from benchmarks.paper.fits import Job
+from benchmarks.paper.sides.atlasvi import trained
 
 DATA = ("kang_pbmc_ifnb", "scmixology_celllines", "pbmc_3chemistries", "worm_neuron")
 RATES = (0.03, 0.01, 0.005)
@@ -47,28 +45,15 @@ def main() -> None:
 
 def scores(name: str, rate: float, seed: int) -> tuple[float, float, float, int]:
     """Of one fit; NaN where there are no batches or no labels."""
-    data_set = SETS[name]
-    adata = data_set.load(n_genes=N_GENES)
-    training, validation, test = data_set.split(adata.n_obs, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "atlas.zarr"
-        atlasvi.ingest(adata, path)
-        with atlasvi.open(path) as atlas:
-            fitted = atlas[np.sort(np.concatenate([training, validation]))]
-            batch_key = "batch" if "batch" in adata.obs else None
-            atlasvi.SCVI.setup_anndata(fitted, batch_key=batch_key, gene_mask=None)
-            model = atlasvi.SCVI(fitted, seed=seed)
-            share = len(training) / (len(training) + len(validation))
-            options: dict[str, Any] = {"train_size": share, "seed": seed, "enable_progress_bar": False}
-            model.train(plan_kwargs={"lr": rate}, **options)
-            elbo = -float(np.mean([model.get_elbo(atlas[test], seed=draw) for draw in range(DRAWS)]))
-            latent = model.get_latent_representation(atlas)
+    with trained(Job("atlasvi", name, seed, N_GENES), plan_kwargs={"lr": rate}) as (model, atlas, test, _):
+        elbo = -float(np.mean([model.get_elbo(atlas[test], seed=draw) for draw in range(DRAWS)]))
+        latent, obs = model.get_latent_representation(atlas), SETS[name].load().obs
     mixing = ari = float("nan")
-    if batch_key:
-        mixed = entropy_of_batch_mixing(latent, adata.obs["batch"], seed=0)
+    if "batch" in obs:
+        mixed = entropy_of_batch_mixing(latent, obs["batch"], seed=0)
         mixing = mixed.entropy / mixed.ceiling
-    if "label" in adata.obs:
-        ari = clustering_scores(latent, np.asarray(adata.obs["label"].astype(str)), seed=0).ari
+    if "label" in obs:
+        ari = clustering_scores(latent, np.asarray(obs["label"].astype(str)), seed=0).ari
     return elbo, mixing, ari, int(model.checks[-1].step)
 
 

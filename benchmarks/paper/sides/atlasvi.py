@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +29,38 @@ MODELS: dict[str, Any] = {
 }
 
 
+class Trained(NamedTuple):
+    """A model, all cells, the positions of those that it never saw, and the seconds that training took."""
+
+    model: Any
+    atlas: atlasvi.Atlas
+    test: np.ndarray
+    seconds: float
+
+
 def fit(job: Job) -> dict[str, Any]:
     """Train on the training cells, stop by the validation cells, score the test cells."""
+    # The one option that is of training and not of the model.
+    training = {name: job.options[name] for name in ("precision",) if name in job.options}
+    of_model = {name: value for name, value in job.options.items() if name not in training}
+    with trained(replace(job, options=of_model), **training) as (model, atlas, test, seconds):
+        found = {
+            "model": model,
+            "latent": model.get_latent_representation(atlas),
+            "seconds": seconds,
+            "epochs": len(model.records),
+        }
+        return {**found, **of_held_out(model, atlas[test])}
+
+
+@contextmanager
+def trained(job: Job, **training: Any) -> Iterator[Trained]:
+    """A job's model, from a store that is there as long as this is open; ``training`` as `train` takes it."""
     data_set, kind = SETS[job.data], MODELS[job.method]
     adata = data_set.load(n_genes=job.n_genes)
     is_scvi = kind is atlasvi.SCVI
     batch_key = "batch" if "batch" in adata.obs and is_scvi else None
     train, validation, test = data_set.split(adata.n_obs, job.seed)
-    options = dict(job.options)
-    # The one option that is of training and not of the model.
-    training = {"precision": options.pop("precision")} if "precision" in options else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "atlas.zarr"
         atlasvi.ingest(adata, path)
@@ -44,19 +69,12 @@ def fit(job: Job) -> dict[str, Any]:
             fitted = atlas[np.sort(np.concatenate([train, validation]))]
             share = len(train) / (len(train) + len(validation))
             kind.setup_anndata(fitted, **({"batch_key": batch_key} if batch_key else {}), gene_mask=None)
-            model = kind(fitted, n_latent=job.n_latent, seed=job.seed, **options)
+            model = kind(fitted, n_latent=job.n_latent, seed=job.seed, **job.options)
             start = time.perf_counter()
             model.train(
                 job.max_epochs, train_size=share, seed=job.seed, enable_progress_bar=False, **training
             )
-            seconds = time.perf_counter() - start
-            found = {
-                "model": model,
-                "latent": model.get_latent_representation(atlas),
-                "seconds": seconds,
-                "epochs": len(model.records),
-            }
-            return {**found, **of_held_out(model, atlas[test])}
+            yield Trained(model, atlas, test, time.perf_counter() - start)
 
 
 def of_held_out(model: Any, cells: atlasvi.Atlas) -> dict[str, Any]:
