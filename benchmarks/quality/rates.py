@@ -38,8 +38,8 @@ def main() -> None:
             found = np.array([scores(name, rate, seed) for seed in range(options.seeds)])
             elbo, mixing, ari, steps = found.mean(0)
             shown = [f"{elbo:,.1f}", f"{mixing:.3f}", f"{ari:.3f}", f"{steps:,.0f}"]
-            rows.append([name, f"{rate:g}", *shown, len(found)])
-            print("\t".join(map(str, rows[-1])), flush=True)
+            rows.append([name, f"{rate:g}", *shown, str(len(found))])
+            print("\t".join(rows[-1]), flush=True)
     print(table(HEADS, rows, markdown=True))
 
 
