@@ -131,7 +131,8 @@ def measure(method: str, inputs: dict[str, Path], folder: Path, options: Options
             raise RuntimeError(
                 f"{method} failed after {time.perf_counter() - start:.0f} s: {done.stderr[-2000:]}"
             )
-        return {**nothing, "stopped": f"out of memory: {text[0][:120]}", "load": os.getloadavg()[0]}
+        said = text[0].rpartition("Error: ")[2][:40]
+        return {**nothing, "stopped": f"out of memory: {said}", "load": os.getloadavg()[0]}
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return {**{k: round(v, 3) for k, v in found.items()}, "stopped": "", "load": os.getloadavg()[0]}
 
