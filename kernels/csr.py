@@ -152,6 +152,10 @@ class CSR:
 
     def row_sums(self) -> torch.Tensor:
         """``(B,)`` float32, the total count of each row (summed in float64)."""
+        if self.device.type == "cpu":  # four times as fast as torch's, and a minibatch asks each step
+            sums = np.empty(self.n_obs, np.float32)
+            _row_sums(self.indptr.numpy(), self.data.numpy(), sums)
+            return torch.from_numpy(sums)
         return torch.segment_reduce(self.data.double(), "sum", offsets=self.indptr).float()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CSR:
@@ -243,6 +247,15 @@ class CSR:
             np.concatenate([a[2] for a in arrays]),
             parts[0].n_vars,
         )
+
+
+@numba.njit(nogil=True, cache=True)
+def _row_sums(indptr, data, sums):  # type: ignore[no-untyped-def]
+    for b in range(len(sums)):
+        total = 0.0
+        for k in range(indptr[b], indptr[b + 1]):
+            total += np.float64(data[k])
+        sums[b] = total
 
 
 @numba.njit(nogil=True, cache=True)

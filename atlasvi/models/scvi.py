@@ -260,7 +260,7 @@ class SCVIModule(nn.Module):
             return self.decoder.log_theta, None
         theta = self.log_theta.exp()
         if self.config.dispersion == "gene":
-            return theta[0], None
+            return theta.squeeze(0), None
         return theta, minibatch.batch_index if self.config.dispersion == "gene-batch" else minibatch.labels
 
     def log_likelihood(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.optimizer = self.plan.make_optimizer(list(self.module.parameters()))
+        self.parameters = list(self.module.parameters())
+        self.optimizer = self.plan.make_optimizer(self.parameters)
         self.scheduler = self.plan.make_scheduler(self.optimizer)
         averaging = self.plan.averaging
         self.average = None if averaging is None else Averaged(self.module, averaging)
@@ -110,7 +112,8 @@ class Run:
         terms: LossTerms = self.module.loss(minibatch, Noise(self.seed, at.step, minibatch.rows), weights)
         if self.device.type == "cpu" or at.step % _STEPS_UNSEEN == 0:
             self.loss_must_be_finite(terms.total, minibatch)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         self.backward(terms.total, len(minibatch))
         self.optimizer.step()
         at.step += 1
@@ -190,7 +193,7 @@ class Run:
 
     def loss_must_be_finite(self, loss: torch.Tensor, minibatch: Minibatch) -> None:
         """Raise `TrainingError`, which names step, cells and the last checkpoint, if it is not."""
-        if len(minibatch) and not bool(torch.isfinite(loss)):
+        if len(minibatch) and not math.isfinite(loss.item()):
             raise self.error(f"loss became {loss.item()}", self.progress.step, minibatch)
 
     def weights_must_be_finite(self, minibatch: Minibatch) -> None:

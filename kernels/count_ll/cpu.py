@@ -116,7 +116,7 @@ def run(
     in_parallel(
         _rows, n_obs,
         indptr, counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
-        int(np.diff(indptr).max(initial=0)),
+        _longest(indptr),
         none if narrow else logits_.numpy(), library.detach().contiguous().numpy(), theta_,
         none if own_row else 1 / theta_, theta_row, none if pi is None or narrow else pi.numpy(), upstream,
         kind, mean == "softmax", with_gradient, bias, pi_bias, _bits(logits_ if narrow else None),
@@ -132,6 +132,14 @@ def run(
         g_theta_ = torch.from_numpy(g_theta.sum(0) if len(g_theta) > 1 else g_theta[0]).reshape(theta.shape)
     of_biases = [] if biases is None else list(torch.from_numpy(g_bias.sum(0)))
     return log_p, [g_logits, g_library, g_theta_, g_pi, *of_biases]
+
+
+@numba.njit(nogil=True, cache=True)
+def _longest(indptr):  # type: ignore[no-untyped-def]
+    most = 0
+    for b in range(len(indptr) - 1):
+        most = max(most, indptr[b + 1] - indptr[b])
+    return most
 
 
 def _or_zeros(logits: torch.Tensor) -> Callable[[torch.Tensor | None], NDArray[np.float32]]:

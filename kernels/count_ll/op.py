@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..csr import CSR
-from ..dispatch import choose_backend, registered
+from ..dispatch import choose_backend, differentiable, registered
 from . import cpu, reference
 
 LIKELIHOODS = ("poisson", "zip", "nb", "zinb")
@@ -91,7 +91,7 @@ def count_log_likelihood(
             )
         log_p: Tensor = _InPlace.apply(*arguments, *options)
         return log_p
-    made: list[Tensor] = torch.ops.atlasvi_kernels.count_ll(*arguments, *options)
+    made: list[Tensor] = _differentiable(*arguments, *options)
     return made[0]
 
 
@@ -186,7 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.options = inputs[8:12]
 
 
-def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     (weights, *_) = upstreams
     if weights is None:
         return (None,) * 13
@@ -208,7 +208,9 @@ def _as_inputs(gradients: list[Tensor], inputs: tuple[Any, ...]) -> tuple[Tensor
     )  # fmt: skip
 
 
-torch.library.register_autograd("atlasvi_kernels::count_ll", _backward, setup_context=_setup_context)
+_differentiable = differentiable(
+    torch.ops.atlasvi_kernels.count_ll.default, count_ll, _setup_context, _backward
+)
 
 
 class _InPlace(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..csr import CSR
-from ..dispatch import choose_backend
+from ..dispatch import choose_backend, differentiable
 from . import cpu, reference
 
 TRANSFORMS = ("log1p", "none")
@@ -111,20 +111,18 @@ torch.library.define(
     "atlasvi_kernels::csr_linear_backward",
     "(Tensor indptr, Tensor indices, Tensor values, Tensor upstream, SymInt n_vars, str backend) -> Tensor",
 )
-_product = torch.ops.atlasvi_kernels.csr_linear.default
-_transposed_product = torch.ops.atlasvi_kernels.csr_linear_backward.default
+_product_op = torch.ops.atlasvi_kernels.csr_linear.default
+_transposed_product_op = torch.ops.atlasvi_kernels.csr_linear_backward.default
 
 
-@torch.library.impl(_product.name(), "default")
-def _(
+def _run(
     indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, backend: str
 ) -> torch.Tensor:
     out: torch.Tensor = _backend(backend, values, weight).forward(indptr, indices, values, weight)
     return out.to(weight.dtype)
 
 
-@torch.library.impl(_transposed_product.name(), "default")
-def _(
+def _run_transposed(
     indptr: torch.Tensor,
     indices: torch.Tensor,
     values: torch.Tensor,
@@ -137,12 +135,16 @@ def _(
     return out.to(upstream.dtype)
 
 
-@torch.library.register_fake(_product)
+torch.library.impl(_product_op.name(), "default", _run)
+torch.library.impl(_transposed_product_op.name(), "default", _run_transposed)
+
+
+@torch.library.register_fake(_product_op)
 def _(indptr: Any, indices: Any, values: Any, weight: Any, backend: str) -> Any:
     return weight.new_empty(indptr.shape[0] - 1, weight.shape[1])
 
 
-@torch.library.register_fake(_transposed_product)
+@torch.library.register_fake(_transposed_product_op)
 def _(indptr: Any, indices: Any, values: Any, upstream: Any, n_vars: int, backend: str) -> Any:
     return upstream.new_empty(n_vars, upstream.shape[1])
 
@@ -168,7 +170,9 @@ def _gradient_transposed(ctx: Any, upstream: torch.Tensor) -> Any:
     return None, None, None, _product(*ctx.saved_tensors, upstream, ctx.backend), None, None
 
 
-torch.library.register_autograd(_product, _gradient, setup_context=_keep)
-torch.library.register_autograd(_transposed_product, _gradient_transposed, setup_context=_keep_transposed)
 for _device in ("cpu", "cuda"):
-    torch.library.register_autocast(_product, _device, torch.float32)
+    torch.library.register_autocast(_product_op, _device, torch.float32)
+_product = differentiable(_product_op, _run, _keep, _gradient)
+_transposed_product = differentiable(
+    _transposed_product_op, _run_transposed, _keep_transposed, _gradient_transposed
+)

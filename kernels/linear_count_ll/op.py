@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..count_ll.op import check_options, count_log_likelihood, is_uniform
 from ..csr import CSR
-from ..dispatch import choose_backend, registered
+from ..dispatch import choose_backend, differentiable, registered
 from ..products import fast_products
 from . import blocks
 from .blocks import Heads
@@ -88,7 +88,7 @@ def linear_count_log_likelihood(
     if chosen == "reference":
         return _reference(counts, hidden, library, heads, theta_index, likelihood, mean)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    made: list[Tensor] = torch.ops.atlasvi_kernels.linear_count_ll(
+    made: list[Tensor] = _differentiable(
         counts.indptr, counts.indices, counts.data, hidden, library, *heads.tensors(), theta_index,
         likelihood, mean, chosen, matmul_dtype or hidden.dtype, float(upstream), with_gradient,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.options = inputs[13:18]
 
 
-def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstreams: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     (weights, *_) = upstreams
     if weights is None:
         return (None,) * 19
@@ -192,7 +192,9 @@ def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Tensor | None, 
     return None, None, None, *of_inputs, *(None,) * 7
 
 
-torch.library.register_autograd("atlasvi_kernels::linear_count_ll", _backward, setup_context=_setup_context)
+_differentiable = differentiable(
+    torch.ops.atlasvi_kernels.linear_count_ll.default, linear_count_ll, _setup_context, _backward
+)
 
 
 def _check(
