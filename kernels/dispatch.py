@@ -78,8 +78,8 @@ def differentiable(
     """``op`` of `torch.ops`, registered with its gradient; called by torch's other road where nothing traces.
 
     What `torch.library.register_autograd` makes takes 120 us a call before anything is computed, and
-    `torch.autograd.Function` 13: a tenth of a training step on 128 cells of 1,000 genes. The first is the one
-    that torch.compile and fake tensors understand.
+    `torch.autograd.Function` 13: a twentieth of a training step on 128 cells of 1,000 genes. The first is the
+    one that torch.compile and fake tensors understand.
 
     Args:
         op: in whose place the result is called; returns one tensor or a list.
