@@ -526,13 +526,25 @@ def de(
     out: Out,
     groupby: Annotated[str | None, typer.Option(help="Column of obs with the groups.")] = None,
     group: Annotated[
-        list[str] | None, typer.Option(help="A level to compare; repeat for more; default each of them.")
+        list[str] | None,
+        typer.Option(
+            "--group", "--group1", help="A level to compare; repeat for more; default each of them."
+        ),
     ] = None,
-    versus: Annotated[str | None, typer.Option(help="The level to compare with; default all others.")] = None,
+    versus: Annotated[
+        str | None,
+        typer.Option("--versus", "--group2", help="The level to compare with; default all others."),
+    ] = None,
     cells: Annotated[
-        str | None, typer.Option(help="Instead: a query of obs, such as \"cell_type == 'T' and age < 30\".")
+        str | None,
+        typer.Option(
+            "--cells", "--idx1", help="Instead: a query of obs, such as \"cell_type == 'T' and age < 30\"."
+        ),
     ] = None,
-    versus_cells: Annotated[str | None, typer.Option(help="A query of the cells to compare with.")] = None,
+    versus_cells: Annotated[
+        str | None,
+        typer.Option("--versus-cells", "--idx2", help="A query of the cells to compare with."),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="'vanilla' (Bayes factors) or 'change' (fold changes).")
     ] = "vanilla",

@@ -145,9 +145,11 @@ def command(places, *arguments):
     )  # fmt: skip
 
 
-def test_the_command_writes_what_the_method_says(model, places):
+@pytest.mark.parametrize("names", [("--group", "--versus"), ("--group1", "--group2")])
+def test_the_command_writes_what_the_method_says(model, places, names):
+    one, two = names
     done = command(
-        places, "-o", "t.csv.gz", "--groupby", "cell_type", "--group", "T", "--versus", "B",
+        places, "-o", "t.csv.gz", "--groupby", "cell_type", one, "T", two, "B", "--overwrite",
         "--volcano", "v.svg", "--n-samples", "600", "--seed", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
