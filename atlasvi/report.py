@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from . import plots
 from .errors import CellsError, OptionError, StoreError
@@ -318,7 +319,9 @@ def format_bytes(n_bytes: int) -> str:
 def package_versions(*names: str) -> tuple[tuple[str, str], ...]:
     """``(name, version)`` of Python and of installed packages; by default those that decide results."""
     names = names or ("atlasvi", "torch", "numba", "numpy", "scikit-learn", "zarr", "anndata")
-    return ("Python", platform.python_version()), *((name, version(name)) for name in names)
+    # torch says which build it is, such as 2.13.0+cu130, and its metadata need not.
+    found = {name: torch.__version__ if name == "torch" else version(name) for name in names}
+    return ("Python", platform.python_version()), *found.items()
 
 
 def write_text(path: Path, text: str) -> Path:
