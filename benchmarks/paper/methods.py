@@ -15,6 +15,7 @@ from benchmarks.paper.record import Record
 
 OURS = "atlasvi"
 SHORT = "atlasvi, bfloat16"
+MIXTURE = "atlasvi, prior mog"
 PEER = "scvi-tools"
 
 
@@ -37,7 +38,7 @@ METHODS = {
     "atlasvi": Method("atlasvi"),
     SHORT: Method("atlasvi", {"precision": "bf16"}),
     "atlasvi, NB": Method("atlasvi", {"gene_likelihood": "nb"}),
-    "atlasvi, prior mog": Method("atlasvi", {"prior": "mog"}),
+    MIXTURE: Method("atlasvi", {"prior": "mog"}),
     "atlasvi, prior vamp": Method("atlasvi", {"prior": "vamp"}),
     "atlasvi, MMD 10": Method("atlasvi", {"mmd": 10.0}),
     "atlasvi SCVAE": Method("atlasvi SCVAE"),
