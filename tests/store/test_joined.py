@@ -392,8 +392,9 @@ def test_damage_is_named_with_its_store(stores, tmp_path):
             joined.read_rows([70])
 
 
-def open_files(end):
-    return [link for link in map(os.path.realpath, Path("/proc/self/fd").glob("*")) if link.endswith(end)]
+def open_files(folder):
+    links = map(os.path.realpath, Path("/proc/self/fd").glob("*"))
+    return [link for link in links if link.startswith(f"{folder}/") and link.endswith(".h5ad")]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are seen in /proc")
@@ -403,10 +404,10 @@ def test_files_are_closed(three, tmp_path):
     paths = [tmp_path / f"{name}.h5ad" for name in three]
     with atlasvi.open(paths) as joined:
         joined.read_rows([0, 100])
-        assert len(open_files(".h5ad")) == 3
-    assert open_files(".h5ad") == []
+        assert len(open_files(tmp_path)) == 3
+    assert open_files(tmp_path) == []
     with pytest.raises(NotAnAtlasError, match="nothing is there"):
         atlasvi.open([*paths, tmp_path / "absent.zarr"])
     with pytest.raises(CellsError):
         atlasvi.open([*paths, paths[0]])
-    assert open_files(".h5ad") == []
+    assert open_files(tmp_path) == []
