@@ -132,7 +132,7 @@ class Run:
             loss = loss.nan_to_num(0.0) if n_obs == 0 else loss * (n_obs / n)
         loss.backward()
         if ranks.world_size() > 1:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            parameters = [p for p in self.parameters if p.requires_grad]
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
@@ -198,7 +198,7 @@ class Run:
 
     def weights_must_be_finite(self, minibatch: Minibatch) -> None:
         """A finite loss can have a gradient that is not: such weights must not become a checkpoint."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.module.parameters()):
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
             raise self.error("weights became NaN or infinite", self.progress.step - 1, minibatch)
 
     def last_checkpoint(self) -> str:

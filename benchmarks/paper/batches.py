@@ -24,7 +24,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record, Row
 from benchmarks.paper.tables import (
-    difference_table,
+    beside_peer,
     differences,
     method_lines,
     panels,
@@ -110,10 +110,10 @@ def tables(record: Record) -> dict[str, str]:
     )  # fmt: skip
     penalised = "atlasvi, MMD 10"
     return {
-        "differences": difference_table(differences(usual, sets, MEASURES)),
-        "bfloat16": difference_table(differences(usual, sets, MEASURES, ours=SHORT), ours=SHORT),
-        "mixture": difference_table(differences(usual, sets, MEASURES, ours=MIXTURE), ours=MIXTURE),
-        "MMD": difference_table(differences(usual, sets, MEASURES, ours=penalised), ours=penalised),
+        "differences": beside_peer(usual, sets, MEASURES),
+        "bfloat16": beside_peer(usual, sets, MEASURES, SHORT),
+        "mixture": beside_peer(usual, sets, MEASURES, MIXTURE),
+        "MMD": beside_peer(usual, sets, MEASURES, penalised),
         "methods": table(heads, method_lines(usual, METHODS, shown), words=3),
     }
 

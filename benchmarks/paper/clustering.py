@@ -18,7 +18,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
 from benchmarks.paper.tables import (
-    difference_table,
+    beside_peer,
     differences,
     mean_of,
     method_lines,
@@ -107,10 +107,8 @@ def tables(record: Record) -> dict[str, str]:
     usual = record.only(**DEFAULTS)
     heads = ("data", "genes", "method", "ARI", "NMI", "silhouette", "ARI, coarse", "NMI, coarse", "seeds")
     return {
-        "differences": difference_table(differences(usual, sets_of(usual), MEASURES)),
-        "mixture": difference_table(
-            differences(usual, sets_of(usual), MEASURES, ours=MIXTURE), ours=MIXTURE
-        ),
+        "differences": beside_peer(usual, sets_of(usual), MEASURES),
+        "mixture": beside_peer(usual, sets_of(usual), MEASURES, MIXTURE),
         "methods": table(heads, method_lines(usual, METHODS, MEASURES), words=3),
         "stability": _stability(record),
         "not run": table(

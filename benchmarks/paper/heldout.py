@@ -16,7 +16,7 @@ from benchmarks.paper.methods import DEFAULTS, MIXTURE, NOT_RUN, OURS, PEER, SHO
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
-from benchmarks.paper.tables import difference_table, differences, genes_shown, mean_of, n_seeds, table
+from benchmarks.paper.tables import beside_peer, differences, genes_shown, mean_of, n_seeds, table
 
 SIMULATED = tuple(f"simulated_{n}k" for n in (4, 10, 15, 50, 100))
 REAL = (
@@ -82,9 +82,9 @@ def tables(record: Record) -> dict[str, str]:
     real = dict.fromkeys((row["data"], row["genes"]) for row in record.rows if row["data"] not in SIMULATED)
     compared = [(name, genes) for name, genes in real] + [(name, "all") for name in SIMULATED]
     return {
-        "differences": difference_table(differences(record, compared, MEASURES)),
-        "bfloat16": difference_table(differences(record, compared, MEASURES, ours=SHORT), ours=SHORT),
-        "mixture": difference_table(differences(record, compared, MEASURES, ours=MIXTURE), ours=MIXTURE),
+        "differences": beside_peer(record, compared, MEASURES),
+        "bfloat16": beside_peer(record, compared, MEASURES, SHORT),
+        "mixture": beside_peer(record, compared, MEASURES, MIXTURE),
         "simulated": _by_cells(record),
         "real": _by_set(record, list(real)),
         "not run": table(("method", "not run"), [[name, NOT_RUN[name]] for name in ("ZIFA", "ZINB-WaVE")]),

@@ -61,6 +61,13 @@ def differences(
     return found
 
 
+def beside_peer(
+    record: Record, sets: Iterable[tuple[str, int | str]], measures: Sequence[str], ours: str = OURS
+) -> str:
+    """The table of a method of ours less the peer."""
+    return difference_table(differences(record, sets, measures, ours=ours), ours=ours)
+
+
 def difference_table(found: Sequence[Compared], ours: str = OURS, theirs: str = PEER) -> str:
     """A line for each."""
     lines = []
