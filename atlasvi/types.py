@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from atlasvi_kernels import CSR, counter_normal, counter_uniform
+from atlasvi_kernels import CSR, counter_normal, counter_reached, counter_uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,10 @@ class Noise:
     def uniform(self, n: int, stream: int) -> torch.Tensor:
         """``(B, n)`` float32 draws from (0, 1)."""
         return counter_uniform(self.seed, self.step, stream, self.rows, n)
+
+    def kept(self, n: int, stream: int, rate: float) -> torch.Tensor:
+        """``(B, n)`` bool, false with probability ``rate``: where `uniform` is ``rate`` or more."""
+        return counter_reached(self.seed, self.step, stream, self.rows, n, rate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Fused operations on sparse counts, usable on their own: nothing here imports atlasvi.
+"""Fused operations on sparse counts and of hidden layers, usable on their own: nothing here imports atlasvi.
 
 Example:
     >>> import torch, atlasvi_kernels as ak
@@ -25,7 +25,8 @@ from .csr import CSR
 from .csr_linear import csr_linear
 from .draws import binomial_quantile, counter_counts, counter_gamma, counter_pairs
 from .linear_count_ll import linear_count_log_likelihood
-from .noise import counter_normal, counter_uniform
+from .noise import counter_normal, counter_reached, counter_uniform
+from .norm_relu_dropout import norm_relu_dropout
 from .pool import RowPool
 from .softmax_linear import SoftmaxLinear
 
@@ -41,7 +42,9 @@ __all__ = [
     "counter_gamma",
     "counter_normal",
     "counter_pairs",
+    "counter_reached",
     "counter_uniform",
     "csr_linear",
     "linear_count_log_likelihood",
+    "norm_relu_dropout",
 ]

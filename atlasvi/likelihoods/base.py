@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from atlasvi_kernels import CSR, count_log_likelihood, linear_count_log_likelihood
 from torch import nn
 
 Sampler = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Generator], torch.Tensor]
+
+
+class Head(NamedTuple):
+    """What a linear layer is made of.
+
+    Args:
+        weight: ``(G, H)``.
+        bias: ``(G,)``.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +67,8 @@ class Likelihood:
         counts: CSR,
         h: torch.Tensor,
         library: torch.Tensor,
-        scale: nn.Linear,
-        pi: nn.Linear | None,
+        scale: nn.Linear | Head,
+        pi: nn.Linear | Head | None,
         theta: torch.Tensor | nn.Linear | None,
         *,
         theta_index: torch.Tensor | None = None,

@@ -109,7 +109,7 @@ class ACTINNModule(nn.Module):
         for i, layer in enumerate(self.hidden):
             h = F.relu(h)
             if self.training and self.config.dropout_rate > 0 and noise is not None:
-                kept = noise.uniform(h.shape[1], _DROPOUT + i) >= self.config.dropout_rate
+                kept = noise.kept(h.shape[1], _DROPOUT + i, self.config.dropout_rate)
                 h = h * kept / (1 - self.config.dropout_rate)
             h = layer(h)
         return h / self.temperature

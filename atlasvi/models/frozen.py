@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from atlasvi.nn.layers import InputLinear
+from atlasvi.nn.ranks import BatchNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,9 @@ def posterior_only(module: Any) -> Iterator[None]:
         for name, parameter in module.named_parameters(recurse=False):
             parameter.requires_grad_(name in module.posterior_parts)
         for part in module.modules():
-            if part is not module:
+            if isinstance(part, BatchNorm):
+                part.is_frozen = True
+            elif part is not module:
                 handles.append(part.register_forward_pre_hook(_as_outside_of_training))
         yield
 
@@ -69,6 +72,9 @@ def _undone(module: nn.Module) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
+        for part in module.modules():
+            if isinstance(part, BatchNorm):
+                part.is_frozen = False
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
 
@@ -76,12 +82,11 @@ def _undone(module: nn.Module) -> Iterator[list[Any]]:
 def _freeze(module: Any, freeze: Freeze, handles: list[Any]) -> None:
     n_batch = freeze.n_batch
     for name, part in module.named_modules():
-        if isinstance(part, nn.BatchNorm1d):
+        if isinstance(part, BatchNorm):
             is_decoder = name.split(".")[0] in ("decoder", "u_decoder")
             is_frozen = freeze.batchnorm_decoder if is_decoder else freeze.batchnorm_encoder
-            if is_frozen:
-                # Its running moments in training too, or the frozen layers behind it would see others.
-                handles.append(part.register_forward_pre_hook(_as_outside_of_training))
+            # Its running moments in training too, or the frozen layers behind it would see others.
+            part.is_frozen = is_frozen
             part.requires_grad_(not is_frozen)
         elif freeze.everything_else:
             for parameter in part.parameters(recurse=False):

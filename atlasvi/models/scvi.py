@@ -250,7 +250,7 @@ class SCVIModule(nn.Module):
     @property
     def fuses_heads(self) -> bool:
         """Whether heads and likelihood are one op, which makes no cells x genes."""
-        return isinstance(self.decoder, Decoder) and not self.has_size_factor
+        return not self.has_size_factor
 
     def theta(self, minibatch: Minibatch) -> tuple[torch.Tensor | nn.Linear | None, torch.Tensor | None]:
         """Inverse dispersion, or the head of its logarithm, and the row of it that each cell takes."""
@@ -275,9 +275,9 @@ class SCVIModule(nn.Module):
         h = decoder.hidden(z, covariates(minibatch))
         theta, theta_index = self.theta(minibatch)
         if self.fuses_heads:
-            assert isinstance(decoder, Decoder)
+            scale, pi = decoder.heads(h)
             return self.likelihood.log_prob_of_heads(
-                minibatch.counts, h, library, decoder.scale, decoder.pi, theta,
+                minibatch.counts, h, library, scale, pi, theta,
                 theta_index=theta_index, mean=self.mean, matmul_dtype=matmul_dtype,
             )  # fmt: skip
         return self.likelihood.log_prob(

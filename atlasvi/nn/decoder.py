@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from atlasvi.likelihoods.base import Head
 from atlasvi.nn.layers import MLP, Covariates
-from atlasvi.nn.ranks import BatchNorm
+from atlasvi.nn.ranks import BatchNorm, summed, world_size
 from atlasvi.types import Noise
 
 
@@ -36,6 +37,10 @@ class Decoder(nn.Module):
         h: torch.Tensor = self.mlp(z, covariates, noise)
         return h
 
+    def heads(self, h: torch.Tensor) -> tuple[nn.Linear, nn.Linear | None]:
+        """Of the logits and of dropout, as they are for the rows of ``h``."""
+        return self.scale, self.pi
+
     def genes(self, head: Any, h: torch.Tensor, genes: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, len(genes))`` of a head, reading only those genes' rows of its weight."""
         if genes is None:
@@ -55,6 +60,10 @@ class Decoder(nn.Module):
 class LinearHead(nn.Module):
     """``y = BatchNorm(h W')``: one row of weight, one scale and one shift a gene.
 
+    The norm is folded into weight and constant, in training too: of logits that are linear in h, the mean is
+    ``W m`` and the variance ``diag(W C W')``, m and C the mean and covariance of the rows of h. So no
+    cells x genes are made for it.
+
     Args:
         n_in: width of ``h``.
         n_vars: number of genes.
@@ -69,20 +78,39 @@ class LinearHead(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """``(B, n_vars)``."""
-        y: torch.Tensor = self.linear(h)
-        return y if self.norm is None else self.norm(y)
+        return F.linear(h, *self.folded(h))
 
-    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(n_vars, n_in)`` weight and ``(n_vars,)`` constant with the norm's running moments folded in."""
+    def folded(self, h: torch.Tensor | None = None) -> Head:
+        """``(n_vars, n_in)`` weight and ``(n_vars,)`` constant with the norm in them.
+
+        By its running moments; in training, where ``h`` is given, by those of its rows, which they take up.
+        """
         weight, bias = self.linear.weight, self.linear.bias
         if bias is None:
             bias = weight.new_zeros(len(weight))
         if self.norm is None:
-            return weight, bias
+            return Head(weight, bias)
         mean, var = self.norm.running_mean, self.norm.running_var
+        if h is not None and self.norm.training:
+            mean, var = self._moments(h, weight, bias, self.norm)
         assert mean is not None and var is not None
         scale = self.norm.weight * (var + self.norm.eps).rsqrt()
-        return weight * scale.unsqueeze(1), (bias - mean) * scale + self.norm.bias
+        return Head(weight * scale.unsqueeze(1), (bias - mean) * scale + self.norm.bias)
+
+    @staticmethod
+    def _moments(
+        h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm: BatchNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(n_vars,)`` mean and variance of the logits of all processes' rows."""
+        if len(h) == 1 and world_size() == 1:
+            raise ValueError("Expected more than 1 value per channel when training, got 1 cell")
+        n = summed(h.new_tensor(float(len(h))))
+        centre = summed(h.sum(0)) / n
+        apart = h - centre
+        covariance = summed(apart.T @ apart) / n
+        mean, variance = weight @ centre + bias, ((weight @ covariance) * weight).sum(1)
+        norm.take_up(mean, variance, n)
+        return mean, variance
 
 
 class LinearDecoder(nn.Module):
@@ -123,6 +151,10 @@ class LinearDecoder(nn.Module):
         ]
         return torch.cat([z, covariates.continuous, *codes], dim=1)
 
+    def heads(self, h: torch.Tensor) -> tuple[Head, Head | None]:
+        """Of the logits and of dropout, as they are for the rows of ``h``."""
+        return self.scale.folded(h), None if self.pi is None else self.pi.folded(h)
+
     def genes(self, head: Any, h: torch.Tensor, genes: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, len(genes))`` of a head; for some genes only, with the running moments of its norm."""
         if genes is None:
@@ -133,7 +165,8 @@ class LinearDecoder(nn.Module):
 
     def scale_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(n_vars, n_latent + covariates)`` weight and ``(n_vars,)`` bias of the logits, norm included."""
-        return self.scale.folded()
+        head = self.scale.folded()
+        return head.weight, head.bias
 
     def log_normaliser(self, h: torch.Tensor, tile: int = 4096) -> torch.Tensor:
         """``(B, 1)`` log of the sum over all genes of exp(logits), a tile of genes at a time."""

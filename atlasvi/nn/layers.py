@@ -46,9 +46,9 @@ class NoiseByLabel:
     noise: Noise
     n_labels: int
 
-    def uniform(self, n: int, stream: int) -> torch.Tensor:
-        """``(K B, n)``."""
-        return by_label(self.noise.uniform(n * self.n_labels, stream), self.n_labels)
+    def kept(self, n: int, stream: int, rate: float) -> torch.Tensor:
+        """``(K B, n)`` bool, as `Noise.kept`."""
+        return by_label(self.noise.kept(n * self.n_labels, stream, rate), self.n_labels)
 
 
 class InputLinear(nn.Module):
@@ -197,15 +197,17 @@ class MLP(nn.Module):
         """
         for i, linear in enumerate(self.linears):
             h = linear(x, covariates)
-            if len(self.batch_norms):
-                norm: Any = self.batch_norms[i]
+            kept = None
+            if self.training and self.dropout_rate > 0 and noise is not None:
+                kept = noise.kept(h.shape[1], self.stream + i, self.dropout_rate)
+            norm: Any = self.batch_norms[i] if len(self.batch_norms) else None
+            if norm is not None and norm.is_fused(h) and not (self.layer_norm or own_moments):
+                x = norm.relu_dropout(h, kept, self.dropout_rate)
+                continue
+            if norm is not None:
                 h = norm.by_own_moments(h) if own_moments else norm(h)
             if self.layer_norm:
                 h = F.layer_norm(h, h.shape[1:])
-            h = F.relu(h)
-            if self.training and self.dropout_rate > 0 and noise is not None:
-                kept = noise.uniform(h.shape[1], self.stream + i) >= self.dropout_rate
-                h = h * kept / (1 - self.dropout_rate)
-            x = h
+            x = F.relu(h) if kept is None else F.relu(h) * kept / (1 - self.dropout_rate)
         assert isinstance(x, torch.Tensor)
         return x

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from atlasvi_kernels import norm_relu_dropout
 
 from atlasvi.errors import OptionError, TrainingError
 
@@ -116,7 +117,16 @@ def of_first(number: int) -> int:
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
-    """Batch norm over the cells of all processes (torch's own for several processes has no CPU path)."""
+    """Batch norm over the cells of all processes (torch's own for several processes has no CPU path).
+
+    With ``is_frozen`` set, ``train()`` leaves it as it is outside of training.
+    """
+
+    is_frozen = False
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """As of any module, unless it is frozen."""
+        return super().train(mode and not self.is_frozen)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, n)``; of one process, or outside of training, torch's."""
@@ -126,13 +136,29 @@ class BatchNorm(torch.nn.BatchNorm1d):
         n = summed(x.new_tensor(float(len(x))))
         mean = summed(x.sum(0)) / n
         variance = summed((x - mean).square().sum(0)) / n
-        with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.momentum is not None and self.num_batches_tracked is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
+        self.take_up(mean, variance, n)
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+    def is_fused(self, x: torch.Tensor) -> bool:
+        """Whether there is one op for the norm by these rows' moments, and what follows it."""
+        here = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        return here and self.training and world_size() == 1
+
+    def relu_dropout(self, x: torch.Tensor, kept: torch.Tensor | None, rate: float) -> torch.Tensor:
+        """``(B, n)`` of the norm, ReLU and dropout of rows in training, where `is_fused`."""
+        y: torch.Tensor
+        y, mean, variance = norm_relu_dropout(x, self.weight, self.bias, kept=kept, rate=rate, eps=self.eps)
+        self.take_up(mean, variance, len(x))
+        return y
+
+    @torch.no_grad()
+    def take_up(self, mean: torch.Tensor, variance: torch.Tensor, n: torch.Tensor | int) -> None:
+        """Bring the running moments nearer to those of n rows; ``variance`` is divided by n."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+        self.num_batches_tracked += 1
 
     def by_own_moments(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, n)`` by the moments of these rows alone, which the running moments do not take up."""

@@ -6,18 +6,24 @@ README.md beside this file counts the passes and says why cells are cut and not 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..count_ll.op import run as run_count_ll
 from ..csr import CSR
 from ..parallel import empty
+from ..products import as_factor
 
 # Of what the heads make of a block of cells: matrix products want many rows more than a near cache.
 _BLOCK_BYTES = 48 << 20
 _MIN_ROWS, _MAX_ROWS = 32, 1024
+# Products with matrices of few columns take up to five times as long if these fill no whole vectors: so wide
+# they are made, with zeros, if they are narrower than so much.
+_LANES, _FEW_HIDDEN = 16, 64
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ class Heads:
         """Number of heads that have a weight."""
         return sum(t is not None for t in (self.weight, self.pi_weight, self.theta_weight))
 
-    def to(self, dtype: torch.dtype) -> Heads:
-        """With the weights, not the biases, in another type."""
+    def with_weights(self, change: Callable[[Tensor], Tensor]) -> Heads:
+        """With each weight, not the biases, changed."""
         linear = {name: t for name, t in self.named().items() if name.endswith("weight") and t is not None}
-        return replace(self, **{name: t.to(dtype) for name, t in linear.items()})
+        return replace(self, **{name: change(t) for name, t in linear.items()})
 
     def sums(self) -> Heads:
         """Like these, to add gradients to: zeros, but for the weights, which the first block writes."""
@@ -83,7 +89,14 @@ def run(
     """``(log_p, d hidden, d library, d heads)``, weighted as by ``count_ll``; products are of ``dtype``."""
     n_obs, n_vars = counts.shape
     log_p = torch.empty_like(library)
-    narrow_hidden, narrow = hidden.to(dtype), heads.to(dtype)
+    n_hidden = hidden.shape[1]
+    if n_hidden % _LANES and n_hidden < _FEW_HIDDEN and not hidden.is_cuda:
+        more = (0, -n_hidden % _LANES)
+        hidden, heads = F.pad(hidden, more), heads.with_weights(lambda weight: F.pad(weight, more))
+    narrow_hidden, narrow = hidden, heads
+    if dtype != hidden.dtype:
+        narrow_hidden = as_factor(hidden, dtype)
+        narrow = heads.with_weights(lambda weight: as_factor(weight, dtype))
     gradients = heads.sums() if with_gradient else None
     g_hidden = torch.empty_like(hidden) if with_gradient else None
     g_library = torch.empty_like(library) if with_gradient else None
@@ -133,6 +146,9 @@ def run(
         elif gradients.theta is not None:
             assert g_theta is not None
             (gradients.theta[t] if by_cell else gradients.theta).add_(g_theta)
+    if gradients is not None and g_hidden is not None and hidden.shape[1] > n_hidden:
+        g_hidden = g_hidden[:, :n_hidden].contiguous()
+        gradients = gradients.with_weights(lambda weight: weight[:, :n_hidden].contiguous())
     return log_p, g_hidden, g_library, gradients
 
 

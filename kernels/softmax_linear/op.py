@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..parallel import empty, in_parallel, n_threads
+from ..products import as_factor
 from . import cpu
 
 # Logits that are in flight at a time: they stay in the caches between the product and what follows.
@@ -28,7 +29,7 @@ class SoftmaxLinear:
         bias: ``(G,)`` float32.
         genes: ``(k,)`` int64, the genes wanted; all when ``None``. The softmax is over all genes.
         precision: of the product: ``"float32"``, or ``"bfloat16"``, which takes half the time where the CPU
-            or GPU multiplies bfloat16. ``README.md`` bounds what is lost.
+            or GPU multiplies bfloat16, and elsewhere as long. ``README.md`` bounds what is lost.
 
     Raises:
         ValueError: shapes that do not fit, an unknown precision.
@@ -134,17 +135,17 @@ class _Product:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, precision: str) -> None:
         self.n_out = len(weight)
-        self.is_rounded = precision == "bfloat16"
+        self._factors = torch.bfloat16 if precision == "bfloat16" else weight.dtype
+        weight = as_factor(weight, self._factors)
+        self.is_rounded = weight.dtype == torch.bfloat16
         self.bias = bias.contiguous()
         # Two to three times as fast as torch's own choice for float32 on some CPUs, with weights that are
         # laid out beforehand.
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if self.is_rounded:
-            self._weight = weight.bfloat16()
-        elif self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128)
-        else:
-            self._weight = weight
+        has_library = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self._packed = has_library and weight.device.type == "cpu" and not self.is_rounded
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 128) if self._packed else weight
+        )
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if self.is_rounded:
@@ -153,6 +154,7 @@ class _Product:
             logits = empty((len(h), self.n_out))
             _by_rows(cpu.widen_rows, self.rounded(h).numpy(), self.bias.numpy(), logits.numpy())
             return logits
+        h = as_factor(h, self._factors)
         if self._packed:
             found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
                 h, self._weight, self.bias, "none", [], ""

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from atlasvi_kernels import CSR, linear_count_log_likelihood
+from atlasvi_kernels import CSR, linear_count_log_likelihood, products
 from atlasvi_kernels.count_ll.op import LIKELIHOODS, MEANS
 from atlasvi_kernels.linear_count_ll import blocks
 
@@ -96,8 +96,10 @@ def test_a_mean_and_the_upstream_expected(expected_upstream, small_blocks):
     assert_agrees(got, expected, value=1e-5, gradient=1e-4)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
 @pytest.mark.parametrize("how", ["matmul_dtype", "autocast"])
-def test_half_precision_products_are_right_to_a_hundredth(how, small_blocks):
+def test_half_precision_products_are_right_to_a_hundredth(how, has_units, small_blocks, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: has_units)
     x, t, _ = make(10, 83, 64, likelihood="zinb", dispersion="head")
     t = {k: v * 0.3 if k.endswith("weight") else v for k, v in t.items()}
     upstream = torch.ones(10)

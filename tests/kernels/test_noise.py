@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from atlasvi_kernels import counter_normal, counter_uniform
+from atlasvi_kernels import counter_normal, counter_reached, counter_uniform
 from atlasvi_kernels.noise import _philox
 
 
@@ -64,3 +64,17 @@ def test_a_step_for_each_row_gives_what_each_step_gives_alone():
         assert torch.equal(together[i : i + 1], counter_normal(7, int(steps[i]), 1, rows[i : i + 1], 5))
     with pytest.raises(ValueError, match="step"):
         counter_normal(7, torch.tensor([0, -1, 0, 0]), 1, rows, 5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 128])
+@pytest.mark.parametrize("rate", [0.0, 1e-8, 0.1, 0.5, 1 - 2.0**-25])
+def test_what_is_reached_is_what_the_uniform_numbers_say(n, rate):
+    rows = torch.arange(300) * 7 + (1 << 33)
+    kept = counter_reached(3, 4, 5, rows, n, rate)
+    assert torch.equal(kept, counter_uniform(3, 4, 5, rows, n) >= rate)
+
+
+def test_a_rate_of_one_or_less_than_none_is_refused():
+    for rate in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"rate must be in \[0, 1\)"):
+            counter_reached(0, 0, 0, torch.tensor([0]), 1, rate)

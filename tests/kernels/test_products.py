@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from atlasvi_kernels import products
@@ -37,3 +40,23 @@ def test_a_library_that_rounds_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
             assert torch.backends.mkldnn.matmul.fp32_precision == before
     finally:
         products.onednn_is_exact.cache_clear()
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file(), reason="needs Linux's flags"
+)
+def test_whether_the_processor_multiplies_bfloat16_is_what_the_system_says() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert products.multiplies_bfloat16() == bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_factor_is_rounded_whatever_type_it_is_multiplied_as(
+    has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: has_units)
+    factor = torch.tensor([1 + 2.0**-12, 1 + 2.0**-7, -3.0])
+    found = products.as_factor(factor, torch.bfloat16)
+    assert found.dtype == (torch.bfloat16 if has_units else torch.float32)
+    assert found.tolist() == [1.0, 1 + 2.0**-7, -3.0]
+    assert products.as_factor(factor, torch.float32) is factor

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from atlasvi_kernels import SoftmaxLinear
+from atlasvi_kernels import SoftmaxLinear, products
 from scipy.special import logsumexp, softmax
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 130, 16), (300, 5000, 128), (0, 4, 2)]
@@ -96,8 +96,10 @@ def test_several_threads_may_ask_at_once():
                 np.testing.assert_allclose(found, expected, rtol=5e-6)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
 @pytest.mark.parametrize("shape", [(5, 7, 3), (64, 4000, 128)])
-def test_what_bfloat16_loses_is_bounded_as_the_readme_says(shape):
+def test_what_bfloat16_loses_is_bounded_as_the_readme_says(shape, has_units, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: has_units)
     hidden, weight, bias = make(*shape)
     logits = logits_of(hidden, weight, bias)
     magnitude = hidden.double().abs().numpy() @ weight.double().abs().numpy().T

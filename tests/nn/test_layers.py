@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from atlasvi_kernels import CSR
 
-from atlasvi.nn.decoder import Decoder
+from atlasvi.nn.decoder import Decoder, LinearHead
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, InputLinear
 from atlasvi.types import Noise
@@ -122,3 +122,40 @@ def test_heads_can_be_asked_for_some_genes_and_the_normaliser_in_tiles(covariate
     expected = decoder.scale(h).logsumexp(-1, keepdim=True)
     for tile in (1, 4, 4096):
         torch.testing.assert_close(decoder.log_normaliser(h, tile), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_folded_into_a_linear_head_is_that_of_its_logits(bias: bool) -> None:
+    torch.manual_seed(0)
+    n_cells, n_in, n_vars = 40, 7, 30
+    head = LinearHead(n_in, n_vars, bias=bias, batch_norm=True)
+    assert head.norm is not None
+    theirs = torch.nn.BatchNorm1d(n_vars, momentum=0.01, eps=0.001)
+    with torch.no_grad():
+        head.norm.weight.uniform_(0.5, 2.0)
+        head.norm.bias.normal_()
+    theirs.load_state_dict(head.norm.state_dict())
+    upstream = torch.randn(n_cells, n_vars)
+    h = torch.randn(n_cells, n_in) @ torch.randn(n_in, n_in) + 3.0
+    found = []
+    for logits in (head, lambda x: theirs(head.linear(x))):
+        x = h.clone().requires_grad_()
+        y = logits(x)
+        found.append([y, *torch.autograd.grad((y * upstream).sum(), [x, head.linear.weight])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+    (head(h) * upstream).sum().backward()
+    (theirs(head.linear(h)) * upstream).sum().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(head.norm.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(head.norm.get_buffer(name), buffer)
+    head.eval()
+    theirs.eval()
+    torch.testing.assert_close(head(h), theirs(head.linear(h)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_of_one_cell_is_refused_as_torch_does() -> None:
+    head = LinearHead(3, 5, bias=False, batch_norm=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        head(torch.ones(1, 3))
