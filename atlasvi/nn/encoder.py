@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from atlasvi_kernels import CSR
 from torch import nn
 
@@ -39,4 +40,8 @@ class Encoder(nn.Module):
     ) -> Posterior:
         """The posterior of B cells; ``own_moments`` as in `MLP`."""
         h = self.mlp(x, covariates, noise, own_moments=own_moments)
-        return Posterior(self.loc(h), torch.sqrt(self.log_variance(h).exp() + self.floor))
+        # One product: of few columns each takes as long as both.
+        weight = torch.cat([self.loc.weight, self.log_variance.weight])
+        bias = torch.cat([self.loc.bias, self.log_variance.bias])
+        loc, log_variance = F.linear(h, weight, bias).chunk(2, dim=1)
+        return Posterior(loc, torch.sqrt(log_variance.exp() + self.floor))

@@ -87,17 +87,23 @@ class InputLinear(nn.Module):
 
     def forward(self, x: torch.Tensor | CSR, covariates: Covariates) -> torch.Tensor:
         """``(B, n_out)``."""
+        constant = self.constant(covariates)
         if isinstance(x, CSR):
-            y = csr_linear(x, self.weight, self.bias, transform="log1p")
-        else:
-            y = torch.addmm(self.bias, x, self.weight)
+            return csr_linear(x, self.weight, transform="log1p") + constant
+        return torch.addmm(constant, x, self.weight)
+
+    def constant(self, covariates: Covariates) -> torch.Tensor:
+        """``covariates V + b``, ``(B, n_out)``; ``(n_out,)`` where there are none."""
         if self.covariate_weight is None:
-            return y
+            return self.bias
+        rows = [covariates.codes[:, i] + n for i, n in zip(self.used, self.offsets.unbind(), strict=True)]
+        y = self.bias
+        if rows:  # the bias is added to the few rows that there are to choose from
+            y = F.embedding(rows[0], self.covariate_weight + self.bias)
+        for chosen in rows[1:]:
+            y = y + F.embedding(chosen, self.covariate_weight)
         if self.n_continuous:
             y = y + covariates.continuous @ self.covariate_weight[: self.n_continuous]
-        if self.used:
-            rows = covariates.codes[:, self.used] + self.offsets
-            y = y + F.embedding(rows, self.covariate_weight).sum(1)
         return y
 
 
