@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -90,23 +89,18 @@ def differentiable(
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context)
 
     class Eager(torch.autograd.Function):
+        # Not with a `setup_context` of its own, for which torch asks for forward's signature at each call.
         @staticmethod
-        def forward(*args: Any) -> Any:
+        def forward(ctx: Any, *args: Any) -> Any:
             made = run(*args)
-            return tuple(made) if isinstance(made, list) else made
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs, output)
+            made = tuple(made) if isinstance(made, list) else made
+            setup_context(ctx, args, made)
+            return made
 
         @staticmethod
         def backward(ctx: Any, *upstreams: Any) -> Any:
             return backward(ctx, upstreams[0] if len(upstreams) == 1 else upstreams)
 
-    # torch asks for it at each call, and to find it out takes longer than the call.
-    Eager.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
-    )
     plain = (torch.Tensor, torch.nn.Parameter)
 
     def call(*args: Any) -> Any:

@@ -72,15 +72,11 @@ class TermSums:
         kl = terms.kl_z + terms.kl_library
         if n == 0:  # the part of a process that has none of a minibatch
             return
-        added = torch.stack(
-            [
-                terms.total.detach().double().new_tensor(n),
-                terms.total.detach().double() * n,
-                terms.elbo.double().sum(),
-                terms.reconstruction.double().sum(),
-                kl.double().sum(),
-            ]
-        )
+        reconstruction = terms.reconstruction.sum(dtype=torch.float64)
+        kl_sum = kl.sum(dtype=torch.float64)
+        loss = terms.total.detach().double() * n
+        cells = torch.full_like(loss, n)
+        added = torch.stack([cells, loss, reconstruction + kl_sum, reconstruction, kl_sum])
         self.values = self.values.to(added.device) + added
 
     def over_all_ranks(self) -> TermSums:
