@@ -243,7 +243,7 @@ def _codes(atlas: Atlas, key: str | None, known: tuple[str, ...]) -> NDArray[Any
     """``(n_obs,)`` codes in the order of ``known``, in the smallest signed integer type."""
     dtype = np.min_scalar_type(-max(len(known), 1))
     if key is None:
-        return np.zeros(atlas.n_obs, dtype)
+        return np.broadcast_to(np.zeros((), dtype), atlas.n_obs)  # no byte a cell
     codes, levels = _factorize(atlas, key)
     code_of = {level: code for code, level in enumerate(known)}
     translated = np.array([code_of.get(level, -1) for level in levels], dtype)
