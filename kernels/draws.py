@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .noise import _LOW, _SHIFT, _philox
-from .parallel import in_parallel, n_threads
+from .parallel import compiled, in_parallel, n_threads
 
 _COUNTS, _GAMMA, _ENTRIES = 64, 65, 66
 # Attempts of a rejection are counted in bits that rows and columns leave free.
@@ -25,11 +24,7 @@ _ATTEMPT = np.uint32(16)
 _NO_ROWS_BEYOND = 1 << 48
 
 
-def _loop(function: Any) -> Any:
-    return numba.njit(error_model="numpy", nogil=True, cache=True)(function)
-
-
-@_loop
+@compiled()
 def _words(seed, step, stream, row, column, attempt):  # type: ignore[no-untyped-def]
     r = np.uint64(row)
     return _philox(
@@ -42,14 +37,14 @@ def _words(seed, step, stream, row, column, attempt):  # type: ignore[no-untyped
     )
 
 
-@_loop
+@compiled()
 def _uniform53(high, low):  # type: ignore[no-untyped-def]
     """In (0, 1), from two words: neither end can come."""
     bits = ((np.uint64(high) << _SHIFT) | np.uint64(low)) >> np.uint64(12)
     return (np.float64(bits) + 0.5) * 2.0**-52
 
 
-@_loop
+@compiled()
 def _quantile(u, mu, theta):  # type: ignore[no-untyped-def]
     """Smallest k with P(X <= k) >= u, of a Poisson (``theta = inf``) or a negative binomial."""
     if mu <= 0.0:
@@ -79,7 +74,7 @@ def _quantile(u, mu, theta):  # type: ignore[no-untyped-def]
     return k
 
 
-@_loop
+@compiled()
 def _fill_counts(part, start, stop, seed, step, rows, columns, mu, theta, pi_logits, out):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         for j in range(len(columns)):
@@ -92,7 +87,7 @@ def _fill_counts(part, start, stop, seed, step, rows, columns, mu, theta, pi_log
             out[i, j] = _quantile(_uniform53(a, b), np.float64(mu[i, j]), np.float64(theta[i, j]))
 
 
-@_loop
+@compiled()
 def _standard_gamma(seed, step, row, column, shape):  # type: ignore[no-untyped-def]
     """Marsaglia and Tsang 2000; a shape below 1 is drawn at one more and brought down by a power of u."""
     boosted = shape + 1.0 if shape < 1.0 else shape
@@ -116,7 +111,7 @@ def _standard_gamma(seed, step, row, column, shape):  # type: ignore[no-untyped-
     return value
 
 
-@_loop
+@compiled()
 def _fill_gamma(part, start, stop, seed, step, rows, columns, mean, shape, out):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         for j in range(len(columns)):
@@ -124,14 +119,14 @@ def _fill_gamma(part, start, stop, seed, step, rows, columns, mean, shape, out):
             out[i, j] = _standard_gamma(seed, step, rows[i], columns[j], a) / a * np.float64(mean[i, j])
 
 
-@_loop
+@compiled()
 def _fill_uniform(part, start, stop, seed, step, rows, columns, out):  # type: ignore[no-untyped-def]
     for k in range(start, stop):
         a, b, c, d = _words(seed, step, _ENTRIES, rows[k], columns[k], 0)
         out[k, 0], out[k, 1] = _uniform53(a, b), _uniform53(c, d)
 
 
-@_loop
+@compiled()
 def _fill_binomial(part, start, stop, u, n, p, out):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         trials = np.int64(n[i])

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from .math_cpu import vector_code
+from .parallel import compiled
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -23,11 +22,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def _loop(**options: Any) -> Any:
-    return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
-
-
-@_loop(forceinline=True)
+@compiled(forceinline=True)
 def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     # 32 bits in words of 64: of those, vectors have a product.
     c0, c1, c2, c3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
@@ -39,7 +34,7 @@ def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
-@_loop()
+@compiled()
 def _words(seed, step, stream, row, first, second, third, fourth):  # type: ignore[no-untyped-def]
     """The four words of each block of a row."""
     vector_code()
@@ -50,7 +45,7 @@ def _words(seed, step, stream, row, first, second, third, fourth):  # type: igno
         first[i], second[i], third[i], fourth[i] = _philox(start | np.uint64(i), c1, c2, c3, k0, k1)
 
 
-@_loop()
+@compiled()
 def _fill(seed, steps, stream, rows, out):  # type: ignore[no-untyped-def]
     n = out.shape[1]
     words = np.empty((4, (n + 3) // 4), np.uint32)
@@ -61,7 +56,7 @@ def _fill(seed, steps, stream, rows, out):  # type: ignore[no-untyped-def]
             out[b, k] = (np.float64(words[k & 3, k >> 2] >> np.uint32(8)) + 0.5) * 2.0**-24
 
 
-@_loop()
+@compiled()
 def _reach(words, least, out):  # type: ignore[no-untyped-def]
     vector_code()
     for i in range(words.shape[1]):
@@ -69,7 +64,7 @@ def _reach(words, least, out):  # type: ignore[no-untyped-def]
             out[4 * i + j] = np.int32(words[j, i] >> np.uint32(8)) >= least
 
 
-@_loop()
+@compiled()
 def _fill_reached(seed, step, stream, rows, least, out):  # type: ignore[no-untyped-def]
     n = out.shape[1]
     n_blocks = (n + 3) // 4

@@ -17,8 +17,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
+
+
+def compiled(**options: Any) -> Any:
+    """A decorator of loops over arrays: without Python and its lock, kept on disk, division as numpy's."""
+    return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
+
 
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 

@@ -16,6 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FEW, MANY = 20_000, 160_000
 STAGES = ("ingest", "train", "decode", "decode-all", "impute", "de", "evaluate")
+# What training holds of each cell (docs/limits.md): its place in the split takes 4 bytes, the offset of its
+# row 2, its batch 1, the plan of blocks as small as they are here 3; the rest is for what the machine adds.
+BYTES_A_CELL = {"train": 12}
 # MiB above the level. The counts of the larger store are 159 MiB in the narrowest types.
 LIMIT = 140
 
@@ -60,11 +63,16 @@ def peaks(measure):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_eight_times_the_cells_take_a_tenth_more_memory_at_most(peaks, measure, stage):
+def test_eight_times_the_cells_take_a_tenth_more_memory_at_most_but_for_what_is_held_of_each(
+    peaks, measure, stage
+):
     few, many = peaks[stage, FEW], peaks[stage, MANY]
-    if many >= 1.1 * few:  # buffers that happened to be full at once: the lower of two looks
+    held = BYTES_A_CELL.get(stage, 0) * (MANY - FEW)
+    if many - held >= 1.1 * few:  # buffers that happened to be full at once: the lower of two looks, of both
         many = min(many, measure([stage], [MANY], "--work", "0")[stage, MANY])
-    assert many < 1.1 * few, f"{few / 2**20:.1f} MiB for {FEW:,} cells, {many / 2**20:.1f} for {MANY:,}"
+        few = min(few, measure([stage], [FEW], "--work", str(4 * FEW))[stage, FEW])
+    found = f"{few / 2**20:.1f} MiB for {FEW:,} cells, {many / 2**20:.1f} for {MANY:,}"
+    assert many - held < 1.1 * few, found
 
 
 def test_all_of_it_runs_under_a_limit_that_breaks_a_copy_in_memory(peaks, measure):

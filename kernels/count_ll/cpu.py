@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
@@ -26,7 +25,7 @@ from ..math_cpu import (
     nb_at_count,
     vector_code,
 )
-from ..parallel import empty, in_parallel, n_threads
+from ..parallel import compiled, empty, in_parallel, n_threads
 
 _POISSON, _ZIP, _NB, _ZINB = range(4)
 _KIND = {"poisson": _POISSON, "zip": _ZIP, "nb": _NB, "zinb": _ZINB}
@@ -154,21 +153,17 @@ def _bits(narrow: torch.Tensor | None) -> NDArray[np.uint16]:
     return np.empty((0, 0), np.uint16) if narrow is None else narrow.view(torch.uint16).numpy()
 
 
-def _njit(**options: Any) -> Any:
-    return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
-
-
 # Functions of one pass over genes `lo` to `hi` of a row. Arrays of a tile begin at 0.
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _add_to(row, bias):  # type: ignore[no-untyped-def]
     vector_code()
     for g in range(len(row)):
         row[g] += bias[g]
 
 
-@_njit(fastmath=_INLINE)
+@compiled(fastmath=_INLINE)
 def _widen(bits, bias, row):  # type: ignore[no-untyped-def]
     """The upper half of a float32 is a bfloat16."""
     vector_code()
@@ -176,7 +171,7 @@ def _widen(bits, bias, row):  # type: ignore[no-untyped-def]
         row[g] = np.uint32(np.uint32(bits[g]) << np.uint32(16)).view(_f) + bias[g]
 
 
-@_njit(fastmath=_INLINE)
+@compiled(fastmath=_INLINE)
 def _narrow(row, bits):  # type: ignore[no-untyped-def]
     """Rounded to the nearest, ties to even."""
     vector_code()
@@ -186,7 +181,7 @@ def _narrow(row, bits):  # type: ignore[no-untyped-def]
         bits[g] = np.uint16(np.uint32(wide + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _largest(row, lo, hi):  # type: ignore[no-untyped-def]
     vector_code()
     top = row[lo]
@@ -195,7 +190,7 @@ def _largest(row, lo, hi):  # type: ignore[no-untyped-def]
     return top
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _exp_shifted(row, lo, hi, shift, mu):  # type: ignore[no-untyped-def]
     vector_code()
     total = _f(0.0)
@@ -206,7 +201,7 @@ def _exp_shifted(row, lo, hi, shift, mu):  # type: ignore[no-untyped-def]
     return total
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _pull(u, mu, pull, weight):  # type: ignore[no-untyped-def]
     """From u to the gradient of the logits."""
     vector_code()
@@ -214,7 +209,7 @@ def _pull(u, mu, pull, weight):  # type: ignore[no-untyped-def]
         u[g] = weight * (u[g] - mu[g] * pull)
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _mean(lo, hi, mu, scale, u):  # type: ignore[no-untyped-def]
     """The mean, and u of a zero under Poisson, whose sum is also that of f."""
     vector_code()
@@ -227,7 +222,7 @@ def _mean(lo, hi, mu, scale, u):  # type: ignore[no-untyped-def]
     return total
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _mean_and_ratio(lo, hi, mu, scale, inv_theta, share, log1p_r):  # type: ignore[no-untyped-def]
     """The mean, and of NB: 1 / (1 + r) and log(1 + r)."""
     vector_code()
@@ -241,14 +236,14 @@ def _mean_and_ratio(lo, hi, mu, scale, inv_theta, share, log1p_r):  # type: igno
         log1p_r[k] = log1p_share_32(r, one_over)
 
 
-@_njit(fastmath=_INLINE, forceinline=True)
+@compiled(fastmath=_INLINE, forceinline=True)
 def _dtheta_zero(r, share, log1p_r):  # type: ignore[no-untyped-def]
     # r / (1 + r) - log1p(r) cancels for small r; series instead.
     series = r * r * (_f(-0.5) + r * (_f(2.0 / 3) + r * (_f(-0.75) + r * _f(0.8))))
     return series if r < _f(0.03) else r * share - log1p_r
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _zero_nb(lo, hi, mu, theta, inv_theta, share, log1p_r, weight, u, g_theta):  # type: ignore[no-untyped-def]
     vector_code()
     total_f, total_u = _f(0.0), _f(0.0)
@@ -262,7 +257,7 @@ def _zero_nb(lo, hi, mu, theta, inv_theta, share, log1p_r, weight, u, g_theta): 
     return total_f, total_u
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _exponentials(lo, hi, theta, log1p_r, pi, p, q, ez, ez_minus_1):  # type: ignore[no-untyped-def]
     """Of ZIP and ZINB: p (a copy, for its gradient may be written over it), e^-|p|, e^z and e^z - 1."""
     vector_code()
@@ -273,7 +268,7 @@ def _exponentials(lo, hi, theta, log1p_r, pi, p, q, ez, ez_minus_1):  # type: ig
         ez[k], ez_minus_1[k] = exp_expm1_32(-theta[g] * log1p_r[k])
 
 
-@_njit(fastmath=_INLINE, forceinline=True)
+@compiled(fastmath=_INLINE, forceinline=True)
 def _inflate(p, q, ez, ez_minus_1):  # type: ignore[no-untyped-def]
     """Of log(pi + (1 - pi) e^z): what to take the logarithm of, what to add to it, d/dz, d/dp, is it tiny."""
     positive = p >= _f(0.0)
@@ -298,7 +293,7 @@ def _inflate(p, q, ez, ez_minus_1):  # type: ignore[no-untyped-def]
     )
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _zero_zip(lo, hi, mu, p, q, ez, ez_minus_1, weight, u, g_pi, ratio, rest):  # type: ignore[no-untyped-def]
     vector_code()
     total_u, n_tiny = _f(0.0), _f(0.0)
@@ -313,7 +308,7 @@ def _zero_zip(lo, hi, mu, p, q, ez, ez_minus_1, weight, u, g_pi, ratio, rest):  
     return total_u, n_tiny
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _zero_zinb(  # type: ignore[no-untyped-def]
     lo, hi, mu, inv_theta, share, log1p_r, p, q, ez, ez_minus_1, weight, u, g_theta, g_pi, ratio, rest
 ):
@@ -331,7 +326,7 @@ def _zero_zinb(  # type: ignore[no-untyped-def]
     return total_u, n_tiny
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _sum_of_logs(n, ratio, rest):  # type: ignore[no-untyped-def]
     vector_code()
     total = _f(0.0)
@@ -340,7 +335,7 @@ def _sum_of_logs(n, ratio, rest):  # type: ignore[no-untyped-def]
     return total
 
 
-@_njit()
+@compiled()
 def _zero_in_float64(mu, theta, p, has_theta):  # type: ignore[no-untyped-def]
     """``(f, u, dtheta, dp)`` of a zero under ZINB or ZIP, where float32 underflows."""
     log1p_r, share, z, d = 0.0, 1.0, -mu, 0.0
@@ -356,7 +351,7 @@ def _zero_in_float64(mu, theta, p, has_theta):  # type: ignore[no-untyped-def]
     return log_sum - softplus_p, -s * mu * share, s * d, math.exp(p - log_sum) - math.exp(p - softplus_p)
 
 
-@_njit()
+@compiled()
 def _zero_case(  # type: ignore[no-untyped-def]
     kind, lo, hi, scale, mu, theta, inv_theta, pi, p, weight, u, g_theta, g_pi, scratch
 ):
@@ -396,7 +391,7 @@ def _zero_case(  # type: ignore[no-untyped-def]
     return f, total_u
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _at_counts(n, x, log_scale, a, mu, u):  # type: ignore[no-untyped-def]
     """Poisson at n counts: writes u, returns the sums of f (without log x!) and u."""
     vector_code()
@@ -410,7 +405,7 @@ def _at_counts(n, x, log_scale, a, mu, u):  # type: ignore[no-untyped-def]
     return total_f, total_u
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _nb_at_counts(n, x, log_scale, a, mu, theta, inv_theta, u, g_theta):  # type: ignore[no-untyped-def]
     """The same for NB; turns g_theta, which holds the zero case's, into what it must be changed by."""
     vector_code()
@@ -429,7 +424,7 @@ def _nb_at_counts(n, x, log_scale, a, mu, theta, inv_theta, u, g_theta):  # type
     return total_f, total_u
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _not_inflated(n, p, weight, g_pi):  # type: ignore[no-untyped-def]
     """Log(1 - pi) at n counts: writes dp, returns the sum."""
     vector_code()
@@ -441,7 +436,7 @@ def _not_inflated(n, p, weight, g_pi):  # type: ignore[no-untyped-def]
     return total
 
 
-@_njit()
+@compiled()
 def _correct(  # type: ignore[no-untyped-def]
     kind, n, gene, x, a, log_scale, mu, theta, inv_theta, p, weight, u, g_theta, g_pi, entry, scratch
 ):
@@ -476,7 +471,7 @@ def _correct(  # type: ignore[no-untyped-def]
     return f - f_zero, total_u - u_zero
 
 
-@_njit()
+@compiled()
 def _rows(  # type: ignore[no-untyped-def]
     part, first, last,
     indptr, indices, data, most, logits, library, theta, inv_theta, theta_row, pi, weights,

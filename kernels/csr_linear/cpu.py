@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -15,7 +14,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from ..parallel import empty, in_parallel, n_threads
+from ..parallel import compiled, empty, in_parallel, n_threads
 
 # Bytes of weight, or of its gradient, that a tile of genes may take. Backward reads and writes them.
 _TILE_FORWARD, _TILE_BACKWARD = 1 << 19, 1 << 18
@@ -92,10 +91,6 @@ def _raise(indptr: NDArray[Any], indices: NDArray[Any], n_vars: int) -> None:
     k = int(np.flatnonzero((indices < 0) | (indices >= n_vars))[0])
     row = int(np.searchsorted(indptr, k, side="right")) - 1
     raise ValueError(f"counts.indices has {indices[k]} in row {row}; columns must lie in [0, {n_vars})")
-
-
-def _njit(**options: Any) -> Any:
-    return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
 
 
 def _compiled_loop(blocks: list[tuple[int, int]], *, scatter: bool) -> Any:
@@ -175,7 +170,7 @@ _gather = _compiled_loop([(4, 16), (1, 16), (1, 4), (1, 1)], scatter=False)
 _scatter = _compiled_loop([(8, 16), (4, 16), (1, 16), (1, 4), (1, 1)], scatter=True)
 
 
-@_njit()
+@compiled()
 def _find_tiles(part, first, last, indptr, indices, n_vars, log2_tile, ends, problems):  # type: ignore[no-untyped-def]
     shift, n_vars = np.uint64(log2_tile), np.uint32(n_vars)
     for b in range(first, last):
@@ -202,7 +197,7 @@ def _find_tiles(part, first, last, indptr, indices, n_vars, log2_tile, ends, pro
             end[t] = max(end[t], end[t - 1])
 
 
-@_njit()
+@compiled()
 def _group(  # type: ignore[no-untyped-def]
     part, first, last, indptr, indices, values, log2_tile, ends, out_indices, out_values
 ):
@@ -224,7 +219,7 @@ def _group(  # type: ignore[no-untyped-def]
             end[tile] += 1
 
 
-@_njit()
+@compiled()
 def _forward(part, first, last, indptr, indices, values, ends, weight, out):  # type: ignore[no-untyped-def]
     out[first:last] = 0
     for t in range(ends.shape[1]):
@@ -233,7 +228,7 @@ def _forward(part, first, last, indptr, indices, values, ends, weight, out):  # 
             _gather(out, b, values, indices, start, indptr[b] + ends[b, t], weight)
 
 
-@_njit()
+@compiled()
 def _backward(  # type: ignore[no-untyped-def]
     part, first, last, indptr, indices, values, ends, upstream, g_weight, log2_tile, parts
 ):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from ..math_cpu import vector_code
-from ..parallel import in_parallel, n_threads
+from ..parallel import compiled, in_parallel, n_threads
 
 _FLAGS = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 # Rows whose sum is taken before it is added to those of the others: float32 sums of many rows lose less.
@@ -53,18 +52,14 @@ def _by_units(loop: Any, x: torch.Tensor, *arrays: Any) -> None:
     in_parallel(loop, n_groups, *arrays, parts=parts)
 
 
-def _njit(**options: Any) -> Any:
-    return numba.njit(error_model="numpy", nogil=True, cache=True, **options)
-
-
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _add(x, total):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
         total[j] += x[j]
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _add_squares(x, mean, total):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
@@ -72,21 +67,21 @@ def _add_squares(x, mean, total):  # type: ignore[no-untyped-def]
         total[j] += apart * apart
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _relu(x, scale, shift, y):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
         y[j] = max(x[j] * scale[j] + shift[j], _f(0.0))
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _relu_dropout(x, scale, shift, kept, over, y):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
         y[j] = max(x[j] * scale[j] + shift[j], _f(0.0)) * (over * _f(kept[j]))
 
 
-@_njit()
+@compiled()
 def _forward(  # type: ignore[no-untyped-def]
     part, first, last, x, weight, bias, kept, over, eps, y, mean, variance
 ):
@@ -117,7 +112,7 @@ def _forward(  # type: ignore[no-untyped-def]
             _relu(x[b, t], scale, shift, y[b, t])
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _gather(upstream, x, y, mean, over, g, of_bias, of_weight):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
@@ -127,14 +122,14 @@ def _gather(upstream, x, y, mean, over, g, of_bias, of_weight):  # type: ignore[
         of_weight[j] += passed * (x[j] - mean[j])
 
 
-@_njit(fastmath=_FLAGS)
+@compiled(fastmath=_FLAGS)
 def _through_norm(x, mean, scale, of_bias, of_weight, g):  # type: ignore[no-untyped-def]
     vector_code()
     for j in range(len(x)):
         g[j] = scale[j] * (g[j] - of_bias[j] - (x[j] - mean[j]) * of_weight[j])
 
 
-@_njit()
+@compiled()
 def _backward(  # type: ignore[no-untyped-def]
     part, first, last, upstream, x, y, weight, mean, variance, over, eps, g_x, g_weight, g_bias
 ):
