@@ -35,13 +35,14 @@ from sklearn.neighbors import KNeighborsRegressor, NearestNeighbors, kneighbors_
 import atlasvi
 from benchmarks.paper.data import SETS
 from benchmarks.paper.fits import Job, fit, made, model_folder
-from benchmarks.paper.methods import OURS, PEER
+from benchmarks.paper.methods import METHODS as FITTED
+from benchmarks.paper.methods import MIXTURE, OURS, PEER
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots
 from benchmarks.paper.record import Record, Row
 from benchmarks.paper.tables import Compared, difference_table, differences, mean_of, n_seeds, table
 
-METHODS = (OURS, "PCA", PEER)
+METHODS = (OURS, MIXTURE, "PCA", PEER)
 LIKELIHOODS = ("poisson", "zip", "nb", "zinb")
 _FOLDS = KFold(5, shuffle=True, random_state=0)
 QUICK_PARTS = ("library", "detection", "zeros", "predictive", "noise")
@@ -103,7 +104,9 @@ def run(options: Options) -> None:
 
 def _job(options: Options, data: str, method: str, seed: int, **given: Any) -> Job:
     epochs = {"max_epochs": 5} if options.quick else {}
-    return Job(method, data, seed, SETS[data].gene_sets[0], options=given, **epochs)
+    fitted = FITTED[method]
+    given = {**fitted.options, **given}
+    return Job(fitted.side, data, seed, SETS[data].gene_sets[0], options=given, **epochs)
 
 
 def _latent(options: Options, data: str, method: str, seed: int, **given: Any) -> np.ndarray | None:
@@ -267,7 +270,7 @@ def _of_noise(counts: sp.csr_matrix, method: str, seed: int, epochs: int | None)
         )
     adata = anndata.AnnData(counts)
     atlasvi.SCVI.setup_anndata(adata, gene_mask=None)
-    model = atlasvi.SCVI(adata, seed=seed)
+    model = atlasvi.SCVI(adata, seed=seed, **FITTED[method].options)
     model.train(epochs, seed=seed, enable_progress_bar=False)
     return np.asarray(model.get_latent_representation(), np.float64)
 
@@ -441,7 +444,7 @@ DATA: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "detection": {"pbmc_sorted_reference": (OURS,), "scmixology_celllines": (OURS,)},
     "zeros": {"pbmc_sorted_reference": (OURS,), "scmixology_celllines": (OURS,)},
     "predictive": {"pbmc_sorted_reference": (OURS,), "zeisel_ERCC": (OURS,)},
-    "noise": {"zeisel_ERCC": METHODS, "one ZINB": METHODS[:2]},
+    "noise": {"zeisel_ERCC": METHODS, "one ZINB": METHODS[:3]},
     "time": {"worm_embryo_ages": METHODS, "monocle3_worm_embryo": METHODS},
     "mixtures": {"scmixology_RNAmix": METHODS},
     "proteins": {"cbmc_citeseq": METHODS},
@@ -477,7 +480,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def _compared(record: Record) -> list[Compared]:
+def _compared(record: Record, ours: str = OURS) -> list[Compared]:
     found = []
     for part, measures in (
         ("noise", ("blob", "blob_ari")),
@@ -488,14 +491,17 @@ def _compared(record: Record) -> list[Compared]:
         rows = record.only(part=part)
         sets = dict.fromkeys((row["data"], row["genes"]) for row in rows.rows)
         for theirs in (PEER, "PCA"):
-            compared = differences(rows, sets, measures, theirs=theirs)
+            compared = differences(rows, sets, measures, ours=ours, theirs=theirs)
             found += [replace(one, data=f"{one.data}, to {theirs}") for one in compared]
     return found
 
 
 def tables(record: Record) -> dict[str, str]:
     """Markdown: one a part, and the differences."""
-    found = {"differences": difference_table(_compared(record), theirs="the other")}
+    found = {
+        "differences": difference_table(_compared(record), theirs="the other"),
+        "mixture": difference_table(_compared(record, MIXTURE), ours=MIXTURE, theirs="the other"),
+    }
     for part, (measures, by) in SHOWN.items():
         rows, lines = record.only(part=part), []
         columns = [m for m in measures if any(row.get(m) is not None for row in rows.rows)]

@@ -29,7 +29,7 @@ def make(adata):
 
 
 def log_normal(x, mean, variance):
-    return -0.5 * ((x - mean) ** 2 / variance + math.log(2 * math.pi) + np.log(variance))
+    return -0.5 * ((x - mean) ** 2 / variance + math.log(2 * math.pi) + variance.log())
 
 
 @torch.no_grad()
@@ -42,23 +42,25 @@ def integral(model, cell, library_grid=None):
         torch.distributions.Categorical(logits=prior.log_weights), parts
     )
     (minibatch,) = model._minibatches(None, [cell], None)
-    terms = []
+    z = GRID.float()
+    log_p_z = density.log_prob(z).double()
     width = float(GRID[1] - GRID[0])
-    for z in GRID.float().split(1):
-        if library_grid is None:
-            library, _ = module.library(minibatch)
-            value = module.log_likelihood(z[None], library, minibatch)
-            terms.append(float(value + density.log_prob(z)))
-            continue
+    if library_grid is None:
+        cells = minibatch.take(np.zeros(len(z), np.int64))
+        library, _ = module.library(cells)
+        terms = module.log_likelihood(z[:, None], library, cells) + log_p_z
+    else:
+        width *= float(library_grid[1] - library_grid[0])
         batch = minibatch.batch_index
         mean, variance = module.library_log_mean[batch], module.library_log_var[batch]
-        for log_library in library_grid:
-            value = module.log_likelihood(z[None], log_library.exp()[None], minibatch)
-            of_library = log_normal(float(log_library), float(mean), float(variance))
-            terms.append(float(value + density.log_prob(z)) + of_library)
-    if library_grid is not None:
-        width *= float(library_grid[1] - library_grid[0])
-    return float(torch.logsumexp(torch.tensor(terms, dtype=torch.float64), 0)) + math.log(width)
+        log_p_l = log_normal(library_grid.double(), mean.double(), variance.double())
+        cells = minibatch.take(np.zeros(len(library_grid), np.int64))
+        library = library_grid.exp()
+        terms = torch.cat([
+            module.log_likelihood(at.expand(len(library), 1), library, cells) + log_p_l + of_z
+            for at, of_z in zip(z, log_p_z, strict=True)
+        ])  # fmt: skip
+    return float(torch.logsumexp(terms.double(), 0)) + math.log(width)
 
 
 @pytest.mark.parametrize("prior", ["normal", "mog", "vamp"])
