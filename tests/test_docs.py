@@ -18,6 +18,7 @@ import scipy.sparse as sp
 
 import atlasvi
 from atlasvi.models.base import CountModel
+from atlasvi.models.core import Model
 from tests import pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def test_the_reference_has_every_public_name_once():
 
 
 def test_the_reference_has_every_method_of_models_once():
-    methods = [name for name in vars(CountModel) if name[0] != "_" and name not in CountModel.__annotations__]
+    methods = [name for name in dir(CountModel) if name[0] != "_" and name not in Model.__annotations__]
     there = [name.removeprefix("atlasvi.models.base.CountModel.") for name in referenced()]
     assert {name: there.count(name) for name in methods} == dict.fromkeys(methods, 1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from atlasvi.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 # Add a model: its line here, and in `atlasvi/__init__.py`.
 _WHERE = {

@@ -42,7 +42,7 @@ from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, StepWeights
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data, LibraryMoments
+    from atlasvi.models.data import Data, LibraryMoments
 
 _SCALE = 1e4
 _DROPOUT = 16

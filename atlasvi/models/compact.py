@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import distributed
     import pandas as pd
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 
 class CompactAtlas:

@@ -33,7 +33,7 @@ from atlasvi.store.fields import as_level
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 Parts = Iterator[tuple[nn.Module, str]]
 

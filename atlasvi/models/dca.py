@@ -32,13 +32,15 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
-from atlasvi.models.base import CountModel, LibraryMoments, one_of
+from atlasvi.models.arguments import one_of
+from atlasvi.models.base import CountModel
+from atlasvi.models.data import LibraryMoments
 from atlasvi.nn.decoder import Decoder
 from atlasvi.nn.layers import MLP, Covariates, StandardisedLinear
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 _LOG_MEAN = math.log(1e-5), math.log(1e6)
 _LOG_THETA = math.log(1e-4), math.log(1e4)

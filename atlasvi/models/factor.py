@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import scipy.sparse as sp
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 Matrix = NDArray[np.floating]
 
@@ -276,7 +276,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
     def train(  # type: ignore[override]
         self,
         max_epochs: int | None = None,
-        train_size: float = 0.9,
+        train_size: float | None = 0.9,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
         *,
@@ -292,7 +292,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
 
         Args:
             max_epochs: passes (with up to 2,048 genes, steps of EM after the one pass) at most.
-            train_size: share of the cells to fit to.
+            train_size: share of the cells to fit to; 0.9 when ``None``.
             validation_size: share kept for validation; the rest when ``None``.
             shuffle_set_split: choose them at random, or take the first ones.
             tol: stop when what is fitted gains less than this share.
@@ -311,8 +311,8 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             raise OptionError(f"max_epochs must be at least 1, is {max_epochs}")
         atlas, codes = self._data(None)
         self._split = {
-            "n_obs": atlas.n_obs, "train_size": train_size, "validation_size": validation_size,
-            "shuffle": shuffle_set_split, "seed": seed,
+            "n_obs": atlas.n_obs, "train_size": 0.9 if train_size is None else train_size,
+            "validation_size": validation_size, "shuffle": shuffle_set_split, "seed": seed,
         }  # fmt: skip
         self._looks_like = look(atlas[:, codes.gene_columns])
         training, _, _ = split_cells(**self._split)

@@ -45,7 +45,7 @@ from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Mixture, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data, LibraryMoments
+    from atlasvi.models.data import Data, LibraryMoments
 
 # Noise streams, apart from those of scVI.
 _Z, _COMPONENT = 0, 3

@@ -26,7 +26,7 @@ from atlasvi.types import FieldMap
 if TYPE_CHECKING:
     import pandas as pd
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from atlasvi.types import FieldMap
 if TYPE_CHECKING:
     import anndata
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 _FEW_GENES = 0.8
 

@@ -34,8 +34,8 @@ from torch import nn
 from atlasvi.errors import NotTrainedError, ObsError, OptionError
 from atlasvi.infer.classify import probability_blocks
 from atlasvi.models.arguments import refuse
-from atlasvi.models.base import CountModel, LibraryMoments
-from atlasvi.models.data import registered_as
+from atlasvi.models.base import CountModel
+from atlasvi.models.data import LibraryMoments, registered_as
 from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
@@ -48,7 +48,7 @@ from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, Step
 if TYPE_CHECKING:
     import anndata
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 # Noise streams, apart from those of scVI.
 _Z, _U, _LABEL = 0, 2, 4

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from atlasvi.errors import OptionError
-from atlasvi.models.base import CountModel, one_of
+from atlasvi.models.arguments import one_of
+from atlasvi.models.base import CountModel
 from atlasvi.models.scvi import SCVIConfig, SCVIModule
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data, LibraryMoments
+    from atlasvi.models.data import Data, LibraryMoments
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,9 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
-from atlasvi.models.base import CountModel, LibraryMoments, one_of
+from atlasvi.models.arguments import one_of
+from atlasvi.models.base import CountModel
+from atlasvi.models.data import LibraryMoments
 from atlasvi.nn.critics import BatchCritic, mmd
 from atlasvi.nn.decoder import Decoder, LinearDecoder
 from atlasvi.nn.encoder import Encoder
@@ -50,7 +52,7 @@ from atlasvi.types import (
 if TYPE_CHECKING:
     import anndata
 
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
 
 # Noise streams of a step: what is drawn apart from dropout, and the first of each network's layers.
 _Z, _LIBRARY, _PRIOR = 0, 1, 4

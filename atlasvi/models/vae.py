@@ -37,7 +37,7 @@ from atlasvi.nn.layers import MLP
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data, LibraryMoments
+    from atlasvi.models.data import Data, LibraryMoments
 
 _Z, _DROPOUT = 0, 16
 # Added to v: a gene that no cell of a minibatch has would else have a density without bound.

@@ -36,7 +36,7 @@ from atlasvi.store.fields import as_level, level_codes
 from atlasvi.stream import Epochs
 
 if TYPE_CHECKING:
-    from atlasvi.models.base import Data
+    from atlasvi.models.data import Data
     from atlasvi.store.atlas import Atlas
     from atlasvi.store.fields import Codes
 

@@ -12,7 +12,7 @@ import torch
 
 import atlasvi
 from atlasvi.errors import CellsError, GenesError, NotTrainedError, ObsError, OptionError
-from atlasvi.models.base import library_moments
+from atlasvi.models.data import library_moments
 from atlasvi.models.scvi import SCVI
 from atlasvi.store.fields import resolve
 

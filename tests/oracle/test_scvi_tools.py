@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 from atlasvi_kernels import CSR
 
-from atlasvi.models.base import LibraryMoments
+from atlasvi.models.data import LibraryMoments
 from atlasvi.models.scvi import SCVIConfig, SCVIModule
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, Minibatch, StepWeights

@@ -14,8 +14,8 @@ import scipy.sparse as sp
 import torch
 from atlasvi_kernels import CSR
 
-from atlasvi.models.base import LibraryMoments
 from atlasvi.models.convert import weights_from
+from atlasvi.models.data import LibraryMoments
 from atlasvi.models.ldvae import LinearSCVIConfig, LinearSCVIModule
 from atlasvi.models.scanvi import SCANVIConfig, SCANVIModule
 from atlasvi.types import FieldMap, Minibatch, StepWeights

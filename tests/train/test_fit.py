@@ -526,6 +526,11 @@ def test_cells_can_be_split_in_order_and_left_out(make):
     assert model.validation_indices.tolist() == list(range(150, 180))
 
 
+def test_no_share_given_is_nine_tenths(make):
+    model = train(make(), 1, train_size=None)
+    assert (len(model.train_indices), len(model.validation_indices)) == (270, 30)
+
+
 @pytest.mark.parametrize("n_train", [3, 64, 65, 66, 67])
 def test_a_tail_of_a_cell_or_two_upsets_no_batch_norm(n_train, adata):
     SCVI.setup_anndata(adata, gene_mask=None)
