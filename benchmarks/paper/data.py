@@ -30,8 +30,8 @@ class DataSet:
         keep: column of obs and the value that cells must have there, or ``None`` for all cells.
         coarser: from a type to a coarser one; types not named stay as they are.
         simulation: arguments of `atlasvi.Simulation`, or ``None`` for real counts.
-        n_train: of a simulation, cells to train on; it has an eighth as many for validation besides, and
-            10,000 to test, and of the simulated cells these many are used, from the first. 80 % when
+        n_train: of a simulation, cells to train on, and an eighth as many for validation. Before them come
+            10,000 to test, the same for all sizes and seeds, so that sizes can be compared. 80 % when
             ``None``.
         gene_sets: how many of the most variable genes the experiments use, and ``None`` for all; the first is
             the one that all methods are run with.
@@ -75,9 +75,9 @@ class DataSet:
         """Sorted positions of the training, validation and test cells; each cell once."""
         if self.n_train is None:
             return split(n_obs, seed)
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(n_obs)
-        validation, train, test = np.split(order, [self.n_train // 8, self.n_train // 8 + self.n_train])
-        return np.sort(train), np.sort(validation), np.sort(test)
+        others = np.random.Generator(np.random.Philox(key=seed)).permutation(np.arange(N_HELD_OUT, n_obs))
+        validation, train = np.split(others, [self.n_train // 8])
+        return np.sort(train), np.sort(validation), np.arange(N_HELD_OUT)
 
     def load(self, *, n_genes: int | None = None) -> anndata.AnnData:
         """Counts as float32 CSR, and obs with ``label`` and ``batch`` as text; genes in the file's order.
