@@ -151,12 +151,11 @@ class CountModel(Answers[Config, Module]):
         terms = ("elbo", "reconstruction_loss", "kl_local")
         monitors = [f"{term}_{part}" for term in terms for part in ("validation", "train")]
         one_of("early_stopping_monitor", early_stopping_monitor, monitors)
-        self._split = {
+        split: dict[str, Any] = {
             "n_obs": atlas.n_obs, "train_size": 0.9 if train_size is None else train_size,
             "validation_size": validation_size, "shuffle": shuffle_set_split, "seed": seed,
         }  # fmt: skip
-        self._looks_like = look(atlas[:, codes.gene_columns])
-        training, held_out, _ = split_cells(**self._split)
+        training, held_out, _ = split_cells(**split)
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
@@ -195,13 +194,15 @@ class CountModel(Answers[Config, Module]):
             "config": asdict(self.config),  # type: ignore[call-overload]
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(plan),
-            "split": self._split,
+            "split": split,
             "freeze": None if self._freeze is None else asdict(self._freeze),
             "batch_size": batch_size,
             # The order of the cells, and when the rate falls, follow from these.
             "memory_budget": memory_budget,
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
+        # What was refused until here leaves the model as it was.
+        self._split, self._looks_like = split, look(atlas[:, codes.gene_columns])
         self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
         if plan.start_at_means and not resume and self._starts_afresh and isinstance(self.module, Starts):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))

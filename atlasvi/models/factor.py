@@ -310,12 +310,11 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
         if max_epochs is not None and max_epochs < 1:
             raise OptionError(f"max_epochs must be at least 1, is {max_epochs}")
         atlas, codes = self._data(None)
-        self._split = {
+        split: dict[str, Any] = {
             "n_obs": atlas.n_obs, "train_size": 0.9 if train_size is None else train_size,
             "validation_size": validation_size, "shuffle": shuffle_set_split, "seed": seed,
         }  # fmt: skip
-        self._looks_like = look(atlas[:, codes.gene_columns])
-        training, _, _ = split_cells(**self._split)
+        training, _, _ = split_cells(**split)
         if self.config.n_latent >= min(self.fields.n_vars, len(training)):
             raise OptionError(
                 f"n_latent {self.config.n_latent} must be below the number of genes, {self.fields.n_vars}, "
@@ -325,6 +324,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             atlas, codes, batch_size=4096, shuffle=False, positions=training, num_workers=num_workers,
             memory_budget=memory_budget,
         )  # fmt: skip
+        self._split, self._looks_like = split, look(atlas[:, codes.gene_columns])
         self.records = []
         started = time.perf_counter()
         with bar("fit", len(training), "cells", enabled=enable_progress_bar) as advance:

@@ -520,6 +520,15 @@ def test_shares_and_sizes_that_cannot_be_are_refused(options, make):
         make().train(**{"max_epochs": 1, "enable_progress_bar": False, **options})
 
 
+def test_a_training_that_is_refused_leaves_the_model_as_it_was(make):
+    model = train(make(), 1)
+    before = model.validation_indices.tolist()
+    with pytest.raises(OptionError, match="reduce_lr_on_plateau"):
+        model.train(1, train_size=1.0, plan_kwargs={"reduce_lr_on_plateau": True}, enable_progress_bar=False)
+    assert model.validation_indices.tolist() == before
+    assert model.was_trained_on()
+
+
 def test_cells_can_be_split_in_order_and_left_out(make):
     model = train(make(), 1, train_size=0.5, validation_size=0.1, shuffle_set_split=False)
     assert model.train_indices.tolist() == list(range(150))
