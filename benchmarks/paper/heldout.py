@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.paper.data import SETS
-from benchmarks.paper.methods import DEFAULTS, MIXTURE, NOT_RUN, OURS, PEER, SHORT, rows, scalars
+from benchmarks.paper.methods import DEFAULTS, MIXTURE, NOT_RUN, OURS, PEER, PEER_FASTER, SHORT, rows, scalars
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
-from benchmarks.paper.tables import beside_peer, differences, genes_shown, mean_of, n_seeds, table
+from benchmarks.paper.tables import beside_peer, difference_table, differences, genes_shown, mean_of, n_seeds, table
 
 SIMULATED = tuple(f"simulated_{n}k" for n in (4, 10, 15, 50, 100))
 REAL = (
@@ -25,7 +25,7 @@ REAL = (
 )  # fmt: skip
 VARIATIONAL = (
     "atlasvi", SHORT, "atlasvi, NB", MIXTURE, "atlasvi, prior vamp", "atlasvi SCVAE",
-    "atlasvi GMVAE", "scvi-tools",
+    "atlasvi GMVAE", "scvi-tools", PEER_FASTER,
 )  # fmt: skip
 EXACT = ("atlasvi FA", "scikit-learn FA", "atlasvi PPCA", "scikit-learn PPCA")
 METHODS = (*VARIATIONAL, *EXACT)
@@ -83,6 +83,9 @@ def tables(record: Record) -> dict[str, str]:
     compared = [(name, genes) for name, genes in real] + [(name, "all") for name in SIMULATED]
     return {
         "differences": beside_peer(record, compared, MEASURES),
+        "same rate": difference_table(
+            differences(record, compared, MEASURES, theirs=PEER_FASTER), theirs=PEER_FASTER
+        ),
         "bfloat16": beside_peer(record, compared, MEASURES, SHORT),
         "mixture": beside_peer(record, compared, MEASURES, MIXTURE),
         "simulated": _by_cells(record),

@@ -1,4 +1,4 @@
-"""scvi-tools, as it does best: its defaults, a KL warm-up that ends, and the weights of its best ELBO.
+"""scvi-tools: its defaults, a KL warm-up that ends, and the weights of its best ELBO.
 
 Left alone it trains small sets for 400 epochs, warms the KL up over all of them and keeps the last weights.
 Where there are many cells it overfits by then, and where there are few it still gains: here its validation
@@ -69,9 +69,14 @@ def train(
     parts: Sequence[np.ndarray],
     seed: int,
     max_epochs: int | None = None,
+    *,
+    lr: float | None = None,
     **options: Any,
 ) -> tuple[Any, float]:
-    """A model of the cells of ``parts`` (training, validation, others), and the seconds it took."""
+    """A model of the cells of ``parts`` (training, validation, others), and the seconds it took.
+
+    ``lr`` is the learning rate, scvi-tools' own when ``None``.
+    """
     torch.set_num_threads(1)
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -93,7 +98,7 @@ def train(
             early_stopping_warmup_epochs=WARMUP_EPOCHS,
             enable_checkpointing=True,
             callbacks=[keep],
-            plan_kwargs={"n_epochs_kl_warmup": WARMUP_EPOCHS},
+            plan_kwargs={"n_epochs_kl_warmup": WARMUP_EPOCHS} | ({} if lr is None else {"lr": lr}),
             datasplitter_kwargs={"external_indexing": list(parts)},
         )
     return model, time.perf_counter() - start
