@@ -16,7 +16,15 @@ from benchmarks.paper.methods import DEFAULTS, MIXTURE, NOT_RUN, OURS, PEER, PEE
 from benchmarks.paper.options import Options
 from benchmarks.paper.pictures import dots, forest
 from benchmarks.paper.record import Record
-from benchmarks.paper.tables import beside_peer, difference_table, differences, genes_shown, mean_of, n_seeds, table
+from benchmarks.paper.tables import (
+    beside_peer,
+    difference_table,
+    differences,
+    genes_shown,
+    mean_of,
+    n_seeds,
+    table,
+)
 
 SIMULATED = tuple(f"simulated_{n}k" for n in (4, 10, 15, 50, 100))
 REAL = (
