@@ -21,7 +21,7 @@ from atlasvi.models.data import Data, gene_shares, split_cells
 from atlasvi.models.frozen import frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
-from atlasvi.store.identity import look
+from atlasvi.store.identity import look, look_at_codes
 from atlasvi.stream import Epochs
 from atlasvi.train.checkpoint import batch_size_of
 from atlasvi.train.estimate import (
@@ -195,25 +195,29 @@ class CountModel(Answers[Config, Module]):
             "fields": json.loads(self.fields.to_json()),
             "plan": asdict(plan),
             "split": split,
+            "cells": look(atlas[:, codes.gene_columns]),
+            "codes": look_at_codes(codes),
             "freeze": None if self._freeze is None else asdict(self._freeze),
             "batch_size": batch_size,
             # The order of the cells, and when the rate falls, follow from these.
             "memory_budget": memory_budget,
             "check_val_every_n_epoch": check_val_every_n_epoch,
         }
-        # What was refused until here leaves the model as it was.
-        self._split, self._looks_like = split, look(atlas[:, codes.gene_columns])
-        self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
         if plan.start_at_means and not resume and self._starts_afresh and isinstance(self.module, Starts):
             some = islice(minibatches(0), max(1, START_CELLS // batch_size))
             self.module.start_at(gene_shares(some, self.fields.n_vars))
-        self.records, self.checks = [], []
         label = f"train, {takes.short}{minibatches.kept and f', counts kept {minibatches.kept}'}"
         shown = enable_progress_bar and ranks.rank() == 0
         with (
             bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,
             frozen(self.module, self._freeze),
         ):
+
+            def at_start() -> None:
+                # What is refused before leaves the model as it was.
+                self._split, self._looks_like = split, run["cells"]
+                self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
+                self.records, self.checks = [], []
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
@@ -248,7 +252,7 @@ class CountModel(Answers[Config, Module]):
                 checkpoints=None
                 if checkpoint is None
                 else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
-                listeners=Listeners(after_step, after_epoch, after_check),
+                listeners=Listeners(at_start, after_step, after_epoch, after_check),
             )
             self.records, self.checks = progress.records, progress.checks
 

@@ -1,4 +1,4 @@
-"""Whether two atlases hold the same counts: a checksum of all their cells, or of a few dozen."""
+"""Whether two atlases hold the same cells: checksums of all counts, of a few dozen cells', of codes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from atlasvi.store.atlas import Atlas
+    from atlasvi.store.fields import Codes
 
 _PLACES, _CELLS_EACH = 8, 8
+_CODES_AT_ONCE = 1 << 16
 
 
 class Checksum:
@@ -73,4 +75,17 @@ def look(atlas: Atlas) -> str:
     return hashlib.sha256(f"{atlas.n_obs} {checksum.hexdigest()}".encode()).hexdigest()
 
 
-__all__ = ["Checksum", "look"]
+def look_at_codes(codes: Codes) -> str:
+    """A checksum of what is known of all cells: batches, labels, covariates, size factors."""
+    whole = hashlib.sha256()
+    for values in (codes.batch_index, codes.labels, codes.cat_covs, codes.cont_covs, codes.size_factor):
+        if values is None:
+            continue
+        whole.update(f"{values.shape}".encode())
+        for start in range(0, len(values), _CODES_AT_ONCE):
+            part = values[start : start + _CODES_AT_ONCE]
+            whole.update(np.ascontiguousarray(part, "<f4" if part.dtype.kind == "f" else "<i8"))
+    return whole.hexdigest()
+
+
+__all__ = ["Checksum", "look", "look_at_codes"]

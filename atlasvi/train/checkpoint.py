@@ -17,9 +17,14 @@ from atlasvi.files import replacing_folder, settle
 from atlasvi.train.history import Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
+# Of a run's options, checksums of the data, and what another one means.
+_DATA = {
+    "cells": "other cells, or of the same in another order",
+    "codes": "cells with other batches, labels, covariates or size factors, or in another order",
+}
 
 
 @dataclass
@@ -225,8 +230,13 @@ def load_checkpoint(
 
 def _refuse_other_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     then, now = _flat(then), _flat(now)
-    for key in sorted(then.keys() | now.keys()):
+    for key in sorted(then.keys() | now.keys(), key=lambda key: (key in _DATA, key)):
         was, given = then.get(key), now.get(key)
+        if was != given and key in _DATA:
+            raise ModelError(
+                f"the checkpoint in {str(path)!r} is of {_DATA[key]}; resume with the data that the run "
+                "began with, or train without resume"
+            )
         if was != given:
             raise ModelError(
                 f"the checkpoint in {str(path)!r} was made with {key}={_short(was)}, now {_short(given)}; "

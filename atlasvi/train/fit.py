@@ -55,11 +55,13 @@ class Listeners:
     """Who is told how it goes.
 
     Args:
+        start: called once, when nothing can refuse the run any more.
         step: called after each step with ``(epoch, cells so far in the epoch, mean negative ELBO so far)``.
         epoch: called after each epoch with its record.
         check: called after each look at the cells kept for validation.
     """
 
+    start: Callable[[], None] | None = None
     step: Callable[[int, int, float], None] | None = None
     epoch: Callable[[EpochRecord], None] | None = None
     check: Callable[[Check], None] | None = None
@@ -267,6 +269,8 @@ def fit(
     run = Run(module, plan, seed, device, checkpoints)
     if checkpoints is not None and checkpoints.resume:
         run.load()
+    if listeners.start is not None:
+        listeners.start()
     at = run.progress
     written = time.perf_counter()
     looks = steps_between_checks if validation is not None else None

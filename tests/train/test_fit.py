@@ -222,6 +222,42 @@ def test_other_options_refuse_to_go_on_and_name_the_one_that_differs(options, ho
     assert (tmp_path / "run" / "state.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda adata: adata[::-1].copy(), "other cells, or of the same in another order"),
+        (lambda adata: adata[: len(adata) - 1].copy(), "split.n_obs=300, now 299|other cells"),
+        (lambda adata: with_batches(adata, adata.obs["batch"].to_numpy()[::-1]), "other batches"),
+    ],
+)
+def test_other_cells_refuse_to_go_on(change, named, adata, tmp_path):
+    checkpoint = {"checkpoint": tmp_path / "run", "enable_progress_bar": False}
+    for data in (adata, change(adata)):
+        SCVI.setup_anndata(data, batch_key="batch", gene_mask=None)
+        model = SCVI(data, n_hidden=16)
+        if data is adata:
+            model.train(1, **checkpoint)
+    with pytest.raises(ModelError, match=named):
+        model.train(2, **checkpoint, resume=True)
+    assert not model.is_trained
+
+
+def with_batches(adata, batches):
+    adata = adata.copy()
+    adata.obs["batch"] = batches
+    return adata
+
+
+def test_a_resumption_that_is_refused_leaves_a_trained_model_as_it_was(make, tmp_path):
+    model = train(make(), 2)
+    history, held_out = model.history["elbo_train"], model.validation_indices
+    with pytest.raises(ModelError, match="no checkpoint"):
+        model.train(3, checkpoint=tmp_path / "none", resume=True, train_size=0.5, enable_progress_bar=False)
+    assert model.is_trained
+    assert model.history["elbo_train"].equals(history)
+    assert model.validation_indices.tolist() == held_out.tolist()
+
+
 def test_other_genes_refuse_to_go_on_without_listing_all_of_them(adata, tmp_path):
     checkpoint = {"checkpoint": tmp_path / "run", "enable_progress_bar": False}
     SCVI.setup_anndata(adata, gene_mask=None)
