@@ -462,8 +462,9 @@ def impute(
     with bar("impute", counts.shape[0], "cells") as advance:
         names = list(genes or trained.fields.var_names)
         write_expression(
-            counts, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance, layers=layers
-        )
+            counts, trained.atlas.read_names, names, out, overwrite=overwrite, advance=advance,
+            read=trained.atlas.paths, layers=layers,
+        )  # fmt: skip
     typer.echo(f"imputed counts: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes -> {out}")
 
 

@@ -99,6 +99,7 @@ def write_expression(
     *,
     overwrite: bool,
     advance: Advance,
+    read: Iterable[Path] = (),
     layers: Mapping[str, da.Array] | None = None,
     elsewhere: Callable[[Path, Sequence[tuple[int, int]]], Iterator[int]] | None = None,
 ) -> None:
@@ -111,14 +112,17 @@ def write_expression(
         out: the store.
         overwrite: replace what is there.
         advance: told the number of cells so far.
+        read: stores that the array is computed from, which are not replaced.
         layers: more arrays of the same cells and genes, and in the same chunks.
         elsewhere: has others compute X, and write it: of the place of the array and the ranges of its chunks
             it gives the number of cells done, again and again; see `on_cluster.decode_on`.
 
     Raises:
-        StoreError: there is something already.
+        StoreError: there is something already, or it is what is read.
         SpaceError: the disk is full; nothing is left behind.
     """
+    if out.exists() and any(path.exists() and path.samefile(out) for path in read):
+        raise StoreError(f"{str(out)!r} is what is read from; name another place for the result")
     if out.exists() and not overwrite:
         raise StoreError(f"there is a {str(out)!r} already; pass --overwrite, or name another place")
     if out.exists() and not (out / "zarr.json").exists() and not (out / ".zgroup").exists():

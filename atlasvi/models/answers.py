@@ -37,7 +37,16 @@ from atlasvi.infer.sample import (
     sampled_matrices,
 )
 from atlasvi.infer.write import reader, write_expression
-from atlasvi.models.arguments import as_names, at_least_one, cell_positions, gene_positions, one_of, refuse
+from atlasvi.models.arguments import (
+    as_names,
+    at_least_one,
+    cell_positions,
+    checked_library_size,
+    checked_seed,
+    gene_positions,
+    one_of,
+    refuse,
+)
 from atlasvi.models.core import INFERENCE_BATCH, Config, Model, Module
 from atlasvi.models.data import Data
 from atlasvi.progress import bar
@@ -282,7 +291,7 @@ class Answers(Model[Config, Module]):
                 The model travels to each of them once.
 
         Raises:
-            StoreError: there is something already.
+            StoreError: there is something already, or it is what is read.
             SpaceError: the disk is full; nothing is left behind.
 
         Example:
@@ -298,13 +307,14 @@ class Answers(Model[Config, Module]):
         rho = lazy_expression(self.module, source, n_vars, request, memory_budget=memory_budget)
         whole = data if isinstance(data, Encoded) else self._data(data)[0]
         read_names = whole.read_names if cells is None else reader(names())
+        read = [path for each in (self.atlas, whole) if isinstance(each, Atlas) for path in each.paths]
         elsewhere = None
         if client is not None:
             elsewhere = partial(decode_on, client, self.module, request, n_vars, self._sent(data, cells))
         with bar("decode", rho.shape[0], "cells", enabled=not silent) as advance:
             write_expression(
                 rho, read_names, list(self.fields.var_names) if genes is None else as_names(genes), Path(out),
-                overwrite=overwrite, advance=advance, elsewhere=elsewhere,
+                overwrite=overwrite, advance=advance, read=read, elsewhere=elsewhere,
             )  # fmt: skip
 
     def get_normalized_expression(
@@ -959,7 +969,7 @@ class Answers(Model[Config, Module]):
         question = Question(
             mode, estimator, delta, all_stats, batches1, batches2, fdr_target, filter_outlier_cells,
             n_samples_overall, n_cells, n_draws, p_bound, bf_threshold, pseudocounts, threshold_counts,
-            test_mode, tuple(cred_interval_lvls), precision, seed,
+            test_mode, tuple(np.atleast_1d(cred_interval_lvls).tolist()), precision, checked_seed(seed),
         )  # fmt: skip
         groups = groups_of(atlas, groupby, group1, group2, first, second)
         with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:
@@ -1063,15 +1073,13 @@ class Answers(Model[Config, Module]):
         self._must_decode()
         if n_samples < 1:
             raise OptionError(f"n_samples must be at least 1, is {n_samples}")
-        if isinstance(library_size, str) and library_size != "latent":
-            raise OptionError(f"library_size must be a number or 'latent', is {library_size!r}")
         one_of("precision", precision, ("float32", "bfloat16"))
         at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
         return Request(
             None if at is None else at.to(self._device),
             self._batch_codes(transform_batch),
-            None if library_size == "latent" else float(library_size),
-            n_samples, seed=seed, return_mean=return_mean, precision=precision,
+            checked_library_size(library_size),
+            n_samples, seed=checked_seed(seed), return_mean=return_mean, precision=precision,
         )  # fmt: skip
 
     def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:

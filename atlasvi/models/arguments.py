@@ -31,7 +31,11 @@ _INSTEAD = {
     "m1_domain_fn": "decode rho with model.expression, and compute it from there",
     "importance_weighting_kwargs": "every cell of a group weighs the same",
     "subset_idx": "pass a view of the cells: adata=atlas[cells]",
-    "strategy": "training is on one device",
+    "strategy": "start the script with torchrun --nproc-per-node=2",
+    "gradient_clip_val": "a loss that is not finite ends training; lower plan_kwargs={'lr': ...}",
+    "mc_samples": "the mean is exact; give_mean=False is one draw",
+    "prefix": "give each model a folder of its own",
+    "save_anndata": "counts stay where they are; write them with anndata",
 }
 
 
@@ -54,11 +58,30 @@ def at_least_one(name: str, value: int) -> int:
     return int(value)
 
 
+def checked_seed(seed: int) -> int:
+    """Refuse what no generator can start from."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise OptionError(f"seed must be an integer of 0 or more, is {seed!r}")
+    return int(seed)
+
+
+def checked_library_size(library_size: float | str) -> float | None:
+    """What rho is multiplied by; ``None`` for each cell's own."""
+    if isinstance(library_size, str) and library_size == "latent":
+        return None
+    if not isinstance(library_size, int | float | np.number) or not 0 < library_size < np.inf:
+        raise OptionError(f"library_size must be a number above 0 or 'latent', is {library_size!r}")
+    return float(library_size)
+
+
 def choose_device(accelerator: str, devices: int | str) -> torch.device:
     """The device to train on, as scvi-tools' ``accelerator`` and ``devices`` name it."""
     one_of("accelerator", accelerator, ("auto", "cpu", "gpu", "cuda"))
     if devices not in ("auto", 1, "1"):
-        raise OptionError(f"devices={devices!r} is not supported; training is on one device: devices=1")
+        raise OptionError(
+            f"devices={devices!r} is not supported; a process trains on one device: devices=1, and for "
+            "several: torchrun --nproc-per-node=2 script.py"
+        )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise OptionError(f"accelerator={accelerator!r}, but torch finds no CUDA device; use 'cpu' or 'auto'")
     use_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
@@ -68,6 +91,8 @@ def choose_device(accelerator: str, devices: int | str) -> torch.device:
 def gene_positions(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
     """Positions of some genes among the model's."""
     names = as_names(names)
+    if not names:
+        raise GenesError("no gene was asked for; name at least one, or pass None for all")
     where = {name: i for i, name in enumerate(known)}
     missing = [name for name in names if name not in where]
     if missing:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
 from atlasvi.models.answers import Answers
-from atlasvi.models.arguments import cell_positions, choose_device, one_of, refuse
+from atlasvi.models.arguments import cell_positions, checked_seed, choose_device, one_of, refuse
 from atlasvi.models.core import Config, Module
 from atlasvi.models.data import Data, gene_shares, split_cells
 from atlasvi.models.frozen import frozen
@@ -136,6 +136,7 @@ class CountModel(Answers[Config, Module]):
             TrainingError: the loss is no longer finite.
         """
         refuse("train", unsupported)
+        seed = checked_seed(seed)
         if check_val_every_n_epoch < 1:
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atlasvi.errors import NotTrainedError, OptionError
-from atlasvi.models.arguments import one_of, refuse
+from atlasvi.models.arguments import checked_seed, one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments, split_cells
 from atlasvi.progress import bar
@@ -307,6 +307,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             OptionError: an argument that is wrong or not supported.
         """
         refuse(f"{type(self).__name__}.train", unsupported)
+        seed = checked_seed(seed)
         if max_epochs is not None and max_epochs < 1:
             raise OptionError(f"max_epochs must be at least 1, is {max_epochs}")
         atlas, codes = self._data(None)

@@ -209,6 +209,13 @@ class Atlas:
         return self._path
 
     @property
+    def paths(self) -> list[Path]:
+        """The folders of all stores on disk that are read: this one's, or those of the atlases joined."""
+        if isinstance(self._source, JoinedSource):
+            return [path for part in self._source.atlases for path in part.paths]
+        return [] if self._path is None else [self._path]
+
+    @property
     def layer(self) -> str | None:
         """Where the counts are: a layer's name, ``"raw"``, or ``None`` for ``X``."""
         return self._source.layer

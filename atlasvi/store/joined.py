@@ -58,7 +58,7 @@ class JoinedSource(Source):
         *,
         make_unique: bool,
     ) -> None:
-        self._atlases = parts
+        self.atlases = parts
         self._how = names, join, var_key, input_key, make_unique
         self._sources: list[Source] = [_Part(part) for part in parts]
         self._owned, self._input_key = owned, input_key
@@ -76,7 +76,7 @@ class JoinedSource(Source):
         """By its parts, which another process opens anew and joins again."""
         names, join, var_key, input_key, make_unique = self._how
         again = partial(JoinedSource, make_unique=make_unique)
-        return again, (self._atlases, names, self._atlases, join, var_key, input_key)
+        return again, (self.atlases, names, self.atlases, join, var_key, input_key)
 
     def _choose_columns(self, names: list[str]) -> None:
         of_each = [source.obs_keys for source in self._sources]
@@ -109,7 +109,7 @@ class JoinedSource(Source):
             None if straight else column_of
             for straight, column_of in zip(self._is_straight, self._genes.column_of, strict=True)
         ]
-        return list(zip(self._atlases, self._cells.offsets[:-1].tolist(), columns, strict=True))
+        return list(zip(self.atlases, self._cells.offsets[:-1].tolist(), columns, strict=True))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -162,12 +162,12 @@ class JoinedSource(Source):
 
     def extras(self) -> Extras:
         """The arrays of obsm that all parts have in one width."""
-        keys = self._atlases[0].obsm_keys
-        found = {key: _Stacked(key, self._atlases, self._cells) for key in keys if self._all_have(key)}
+        keys = self.atlases[0].obsm_keys
+        found = {key: _Stacked(key, self.atlases, self._cells) for key in keys if self._all_have(key)}
         return Extras(obsm={key: stacked for key, stacked in found.items() if stacked.shape is not None})
 
     def _all_have(self, key: str) -> bool:
-        return all(key in atlas.obsm_keys for atlas in self._atlases)
+        return all(key in atlas.obsm_keys for atlas in self.atlases)
 
     def read_rows(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``, which may be of several parts."""

@@ -99,7 +99,9 @@ class MemoryRows:
             # In this thread: the caller already decides how many blocks are read at a time.
             part = part.compute(scheduler="synchronous")
         if not sp.issparse(part):
-            part = sp.csr_matrix(np.asarray(part))
+            part = np.asarray(part)
+            # scipy's matrices have no half precision.
+            part = sp.csr_matrix(part.astype(np.float32) if part.dtype == np.float16 else part)
         part = part.tocsr()
         if not part.has_canonical_format:
             part = part.copy()

@@ -96,7 +96,7 @@ def test_rows_are_decoded_and_counted_as_the_design_says(model):
         model,
         model.differential_expression(
             None, "cell_type", "T", "B", mode="change", delta=0.3, pseudocounts=2e-3, n_samples_overall=500,
-            seed=3, cred_interval_lvls=[0.8], **QUIET,
+            seed=3, cred_interval_lvls=0.8, **QUIET,
         ),
     )  # fmt: skip
     ratio = np.log2((np.exp(a) + 2e-3) / (np.exp(b) + 2e-3))

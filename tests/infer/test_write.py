@@ -166,3 +166,15 @@ def test_latents_that_are_cut_off_leave_the_store_as_it_was(model, store, adata,
             write_latent(broken(), model.atlas, 3, out, "X_scVI", quiet)
         assert whole() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad", "atlas.zarr"]
+
+
+def test_what_is_read_is_not_replaced(model, store, adata, tmp_path):
+    before = snapshot(store)
+    for data in (None, model.encode(), atlasvi.open([store])):
+        with pytest.raises(StoreError, match="is what is read from"):
+            model.write_expression(store, data, genes=["gene-1"], overwrite=True)
+    atlasvi.ingest(adata, tmp_path / "other.zarr")
+    joined = atlasvi.open({"a": store, "b": tmp_path / "other.zarr"}, make_unique=True)
+    with pytest.raises(StoreError, match=r"other\.zarr' is what is read from"):
+        model.write_expression(tmp_path / "other.zarr", joined, genes=["gene-1"], overwrite=True)
+    assert snapshot(store) == before

@@ -451,7 +451,8 @@ REFUSED = {
     "callbacks": (lambda m: m.train(1, callbacks=[]), "callbacks", "on_epoch"),
     "splitter": (lambda m: m.train(1, datasplitter_kwargs={}), "datasplitter_kwargs", "train_size"),
     "anything": (lambda m: m.train(1, nonsense=1), "nonsense", "docstring"),
-    "devices": (lambda m: m.train(1, devices=2), "devices=2", "devices=1"),
+    "devices": (lambda m: m.train(1, devices=2), "devices=2", "torchrun"),
+    "seed": (lambda m: m.train(1, seed=-1), "seed", "0 or more"),
     "accelerator": (lambda m: m.train(1, accelerator="tpu"), "tpu", "cpu"),
     "plan": (
         lambda m: m.train(1, plan_kwargs={"n_epochs_kl_warmups": 1}),
@@ -465,9 +466,9 @@ REFUSED = {
         "importance",
         "n_samples_overall=",
     ),
-    "mc": (lambda m: m.get_latent_representation(mc_samples=5), "mc_samples", "docstring"),
+    "mc": (lambda m: m.get_latent_representation(mc_samples=5), "mc_samples", "give_mean=False"),
     "loader": (lambda m: m.get_elbo(dataloader=1), "dataloader", "Atlas"),
-    "prefix": (lambda m: m.save("x", prefix="p"), "prefix", "docstring"),
+    "prefix": (lambda m: m.save("x", prefix="p"), "prefix", "folder of its own"),
 }
 
 

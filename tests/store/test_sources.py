@@ -481,3 +481,10 @@ def test_real_files_read_as_anndata_reads_them(data_dir):
     assert (source.read_rows(100, 900).to_scipy() != adata.X[100:900]).nnz == 0
     assert source.obs_names.tolist() == list(adata.obs_names)
     source.close()
+
+
+def test_half_precision_in_memory_is_read_as_it_is_from_a_file():
+    adata = small()
+    dense = anndata.AnnData(adata.X.toarray().astype(np.float16), obs=adata.obs, var=adata.var)
+    found = open_source(dense).read_rows(0, adata.n_obs).to_scipy()
+    np.testing.assert_array_equal(found.toarray(), adata.X.toarray())
