@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atlasvi.de.cells import RawMeans, read_cells
+from atlasvi.de.cells import RawMeans, read_cells, stored
 from atlasvi.de.change import compare_change, estimate_delta, estimate_offset, highest, mean_change
 from atlasvi.de.decoding import Decoding, decoding
 from atlasvi.de.groups import Groups
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import distributed
     import pandas as pd
 
+    from atlasvi.infer.encoded import Encoded as StoredLatents
     from atlasvi.store.atlas import Atlas
     from atlasvi.store.fields import Codes
 
@@ -136,18 +137,27 @@ def differential_expression(
     question: Question,
     advance: Advance,
     client: distributed.Client | None = None,
+    latents: StoredLatents | None = None,
 ) -> pd.DataFrame:
     """The body of `CountModel.differential_expression`, which says what the arguments are."""
     _check_sizes(groups)
     module.eval()
+    raw = question.all_stats or (question.mode == "change" and question.pseudocounts is None)
+    if raw and latents is not None:
+        raise OptionError(
+            "stored latents have no counts: pass all_stats=False and, with mode='change', pseudocounts="
+        )
     sampled = groups
     if question.filter_outlier_cells:
-        sampled = without_outliers(atlas, codes, module, groups, question.seed)
+        sampled = without_outliers(atlas, codes, module, groups, question.seed, latents)
     design = _design(atlas, codes, sampled, question)
-    raw = question.all_stats or (question.mode == "change" and question.pseudocounts is None)
-    encoded, sums = read_cells(
-        atlas, codes, module, groups, np.unique(design.cells), raw=raw, advance=advance, client=client
-    )
+    cells, sums = np.unique(design.cells), None
+    if latents is not None:
+        encoded = stored(latents, cells)
+    else:
+        encoded, sums = read_cells(
+            atlas, codes, module, groups, cells, raw=raw, advance=advance, client=client
+        )
     rows = decoding(module, atlas, codes, design, encoded, precision=question.precision, seed=question.seed)
     means = None if sums is None else [sums.of(pair) for pair in groups.comparisons]
     if question.mode == "vanilla":

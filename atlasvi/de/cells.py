@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import distributed
 
     from atlasvi.de.groups import Groups
+    from atlasvi.infer.encoded import Encoded as StoredLatents
     from atlasvi.store.atlas import Atlas
     from atlasvi.store.fields import Codes
 
@@ -90,6 +91,12 @@ class Encoded:
         """Of some of them, by position."""
         where = torch.from_numpy(np.searchsorted(self.cells, cells))
         return Posterior(self.loc[where], self.scale[where])
+
+
+def stored(latents: StoredLatents, cells: NDArray[np.int64]) -> Encoded:
+    """Some cells, by position in increasing order, of those that were encoded before."""
+    q = latents.take(cells, torch.device("cpu")).qz
+    return Encoded(cells, q.loc, q.scale)
 
 
 @torch.no_grad()

@@ -14,12 +14,18 @@ from atlasvi.stream import Epochs
 
 if TYPE_CHECKING:
     from atlasvi.de.groups import Groups
+    from atlasvi.infer.encoded import Encoded as StoredLatents
     from atlasvi.store.atlas import Atlas
     from atlasvi.store.fields import Codes
 
 
 def without_outliers(
-    atlas: Atlas, codes: Codes, module: torch.nn.Module, groups: Groups, seed: int
+    atlas: Atlas,
+    codes: Codes,
+    module: torch.nn.Module,
+    groups: Groups,
+    seed: int,
+    latents: StoredLatents | None = None,
 ) -> Groups:
     """The groups without the tenth of their cells that is farthest from the rest (Rousseeuw 1984).
 
@@ -35,8 +41,11 @@ def without_outliers(
     kept = groups.codes.copy()
     for g, name in enumerate(groups.names):
         cells = np.flatnonzero(groups.codes == g)
-        minibatches = Epochs(atlas, codes, shuffle=False, batch_size=1024, positions=cells)()
-        latent = np.concatenate([loc for loc, _ in latent_blocks(module, minibatches, device)])
+        if latents is not None:
+            latent = latents.loc[cells].astype(np.float32)
+        else:
+            minibatches = Epochs(atlas, codes, shuffle=False, batch_size=1024, positions=cells)()
+            latent = np.concatenate([loc for loc, _ in latent_blocks(module, minibatches, device)])
         if len(cells) <= 2 * latent.shape[1]:
             raise CellsError(
                 f"group {name!r} has {len(cells)} cells, too few to find outliers among in {latent.shape[1]} "

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -33,11 +34,14 @@ from atlasvi.errors import CorruptError, OptionError, StoreError, VersionError
 from atlasvi.infer.decode import Decoding, Request, piece_rows
 from atlasvi.infer.encoded import Encoded
 from atlasvi.store.atlas import Atlas
+from atlasvi.store.base import Source
 from atlasvi.store.fields import Codes
 from atlasvi.store.frame import (
     NAMES,
     create_array,
     index,
+    keys,
+    read_column,
     read_strings,
     to_strings,
     write_column,
@@ -219,6 +223,56 @@ def read_cells(folder: Path, n_vars: int) -> Encoded:
         seed, sample, code, precision = array.attrs["key"]
         cells.normalisers[seed, sample, code, precision] = array[...]
     return cells
+
+
+class PublishedCells(Source):
+    """Names and columns of a published atlas, for questions of which cells; there are no counts to read.
+
+    Args:
+        folder: of the published atlas.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._group: Any = zarr.open_group(folder / CELLS, mode="r")
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_obs, n_vars)``."""
+        n_obs, n_vars = (int(index(self._group[table]).shape[0]) for table in ("obs", "var"))
+        return n_obs, n_vars
+
+    @property
+    def obs_names(self) -> NDArray[Any]:
+        """Names of the cells."""
+        return read_strings(index(self._group["obs"]))
+
+    @property
+    def var_names(self) -> NDArray[Any]:
+        """Names of the genes."""
+        return read_strings(index(self._group["var"]))
+
+    @property
+    def obs_keys(self) -> list[str]:
+        """Columns of obs that were published."""
+        return keys(self._group["obs"])
+
+    def obs_column(self, key: str) -> Any:
+        """One of them."""
+        return read_column(self._group["obs"], key)
+
+    def read_rows(self, start: int, stop: int) -> CSR:
+        """Refused.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(f"{self.name!r} is a published atlas, which has no counts; ask the atlas it is of")
 
 
 # --- rho as a Zarr store --------------------------------------------------------------------------

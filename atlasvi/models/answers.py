@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from atlasvi.de import Question, calibration, cells_of, decode_batches, differential_expression, groups_of
-from atlasvi.errors import ObsError, OptionError
+from atlasvi.errors import CellsError, ObsError, OptionError
 from atlasvi.infer.correlation import correlation_matrix
 from atlasvi.infer.decode import Request, lazy_expression
 from atlasvi.infer.dropout import technical_zeros
@@ -51,9 +51,9 @@ from atlasvi.models.core import INFERENCE_BATCH, Config, Model, Module
 from atlasvi.models.data import Data
 from atlasvi.progress import bar
 from atlasvi.store import cluster
-from atlasvi.store.atlas import Atlas
+from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.atlas import open as open_atlas
-from atlasvi.store.fields import as_level, level_codes, resolve
+from atlasvi.store.fields import Codes, as_level, level_codes, resolve
 from atlasvi.store.ingest import ingest
 from atlasvi.stream import Epochs
 from atlasvi.types import Decodes, Encodes, LossTerms
@@ -213,8 +213,8 @@ class Answers(Model[Config, Module]):
     ) -> da.Array:
         """Normalised expression rho as a lazy ``dask.array``, cells x genes; nothing is computed until asked.
 
-        rho of a cell sums to one over all genes, whichever are asked for. A draw of z depends on
-        (seed, sample, cell) alone, so no result depends on the chunks.
+        rho of a cell sums to one over all genes, whichever are asked for; with a size factor it is a rate and
+        does not. A draw of z depends on (seed, sample, cell) alone, so no result depends on the chunks.
 
         Args:
             data: other data, or what `encode` made; the data of the model when ``None``. Data need not have
@@ -897,6 +897,7 @@ class Answers(Model[Config, Module]):
         cred_interval_lvls: Sequence[float] = (),
         precision: str = "float32",
         seed: int = 0,
+        encoded: Encoded | None = None,
         client: distributed.Client | None = None,
         **unsupported: object,
     ) -> pd.DataFrame:
@@ -943,6 +944,8 @@ class Answers(Model[Config, Module]):
             cred_interval_lvls: levels of credible intervals of the fold change to add.
             precision: see `expression`.
             seed: of cells, draws and pairs. A draw depends on (seed, cell, draw) alone.
+            encoded: the latents of these cells, from `encode`: then no counts are read, and there can be none
+                of their means (``all_stats=False``, and in change mode ``pseudocounts``).
             client: of a Dask cluster whose workers read, encode and add up; see `encode`.
             **unsupported: arguments of scvi-tools that there are not here are refused by name.
 
@@ -960,7 +963,10 @@ class Answers(Model[Config, Module]):
         self._must_decode()
         if weights not in (None, "uniform"):
             raise OptionError(f"weights={weights!r} is not supported; every cell of a group weighs the same")
-        atlas, codes = self._data(adata)
+        if encoded is None:
+            atlas, codes = self._data(adata)
+        else:
+            atlas, codes = self._encoded_data(adata, encoded)
         first, second = (
             cells if cells is None or isinstance(cells, str) else cell_positions(cells, atlas.n_obs)
             for cells in (idx1, idx2)
@@ -974,7 +980,7 @@ class Answers(Model[Config, Module]):
         groups = groups_of(atlas, groupby, group1, group2, first, second)
         with bar("differential expression", atlas.n_obs, "cells", enabled=not silent) as advance:
             return differential_expression(
-                self.module, atlas, codes, self.fields.var_names, groups, question, advance, client
+                self.module, atlas, codes, self.fields.var_names, groups, question, advance, client, encoded
             )
 
     def calibration(
@@ -1098,6 +1104,16 @@ class Answers(Model[Config, Module]):
             return atlas.obs_names if positions is None else atlas.obs_names[positions]
 
         return FromCounts(self.module, atlas.n_obs if positions is None else len(positions), read), names
+
+    def _encoded_data(self, data: Data | None, encoded: Encoded) -> tuple[Atlas, Codes]:
+        """Cells whose latents are known: their columns are asked for, and no counts."""
+        encoded.check(self.module)
+        atlas = self._data(None)[0] if data is None else as_atlas(data, layer=self.fields.layer)
+        if atlas.n_obs != len(encoded):
+            raise CellsError(
+                f"there are latents of {len(encoded):,} cells for the {atlas.n_obs:,} of {atlas.name}"
+            )
+        return atlas, encoded.codes
 
     def _sent(self, data: Data | Encoded | None, cells: Any) -> Callable[[int, int], Any]:
         """``(start, stop) ->`` what a cluster's workers need to decode cells: latents, or where they are."""

@@ -15,6 +15,7 @@ from atlasvi.infer.compact import (
     INDEX,
     MODEL,
     RHO,
+    PublishedCells,
     RhoStore,
     fill_normalisers,
     read_cells,
@@ -27,6 +28,7 @@ from atlasvi.infer.on_cluster import fill_normalisers_on
 from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
+from atlasvi.store.atlas import Atlas
 
 if TYPE_CHECKING:
     import anndata
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 
 
 class CompactAtlas:
-    """A published atlas: latents and a decoder, from which anyone decodes and samples without the counts.
+    """A published atlas: latents and a decoder, from which anyone decodes, samples and compares groups.
 
-    Whatever else the model answers, it answers of ``cells`` too, given in place of data.
+    What else the model decodes (``denoised_counts``, ``technical_zeros``, ...) it decodes of ``cells`` too,
+    given in place of data. What asks for counts, such as ``get_elbo``, has none here.
 
     Args:
         path: of the folder.
@@ -138,6 +141,38 @@ class CompactAtlas:
         """Counts: `CountModel.posterior_predictive_sample` of the published cells."""
         return self.model.posterior_predictive_sample(
             self.cells, cells, transform_batch, n_samples, genes, seed=seed, out=out
+        )
+
+    def differential_expression(
+        self,
+        groupby: str | None = None,
+        group1: str | Sequence[str] | None = None,
+        group2: str | None = None,
+        idx1: Any = None,
+        idx2: Any = None,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Which genes differ between groups of the published cells: `CountModel.differential_expression`.
+
+        Args:
+            groupby: column of obs that was published.
+            group1: levels to compare; all when ``None``.
+            group2: level to compare them with; all other cells when ``None``.
+            idx1: in place of ``groupby``: positions, a mask, or a query of obs.
+            idx2: cells of group 2, likewise; all other cells when ``None``.
+            **options: the rest, by name. Means of raw counts are not known here; ``mode="change"`` needs
+                ``pseudocounts``, which is else estimated from them.
+
+        Example:
+            >>> publish(model, atlas, "my.atlasvi", overwrite=True)
+            >>> compact = open_compact("my.atlasvi")
+            >>> found = compact.differential_expression("cell_type", "T", silent=True)
+            >>> len(found)
+            30
+        """
+        known = Atlas(PublishedCells(self.path))
+        return self.model.differential_expression(
+            known, groupby, group1, group2, idx1, idx2, encoded=self.cells, **{"all_stats": False, **options}
         )
 
 

@@ -6,11 +6,12 @@ import shutil
 import anndata
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 
 import atlasvi
-from atlasvi.errors import CorruptError, ObsError, OptionError, StoreError, VersionError
+from atlasvi.errors import CellsError, CorruptError, ObsError, OptionError, StoreError, VersionError
 from atlasvi.infer import compact as module
 from atlasvi.models.compact import open_compact, publish
 from atlasvi.models.scvi import SCVI
@@ -58,6 +59,39 @@ def test_it_answers_what_the_model_does(how, made):
     expected = model.expression(**how).compute()
     # Latents are rounded to 11 bits.
     np.testing.assert_allclose(open_compact(path).expression(**how).compute(), expected, rtol=0.02)
+
+
+DIFFERENCES = [
+    {"groupby": "cell_type"},
+    {"groupby": "cell_type", "group1": "T", "estimator": "paper", "n_cells": 20, "n_draws": 10},
+    {"idx1": "cell_type == 'T'", "idx2": "cell_type == 'B'", "mode": "change", "pseudocounts": 1e-4},
+    {"groupby": "cell_type", "batch_correction": True, "filter_outlier_cells": True},
+]
+
+
+@pytest.mark.parametrize("how", DIFFERENCES)
+def test_it_compares_groups_as_the_model_does_without_counts(how, made, tmp_path):
+    model, _ = made
+    publish(model, None, tmp_path / "exact.atlasvi", dtype="float32")
+    how = {**how, "n_samples_overall": 500, "silent": True}
+    expected = model.differential_expression(all_stats=False, **how)
+    found = open_compact(tmp_path / "exact.atlasvi").differential_expression(**how)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=2e-3)
+    again = model.differential_expression(all_stats=False, encoded=model.encode(), **how)
+    pd.testing.assert_frame_equal(again, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_what_needs_counts_of_published_cells_is_refused(made):
+    published = open_compact(made[1])
+    for how in ({"all_stats": True}, {"mode": "change"}):
+        with pytest.raises(OptionError, match="have no counts: pass all_stats=False"):
+            published.differential_expression("cell_type", silent=True, **how)
+    with pytest.raises(ObsError, match="'kind'"):
+        published.differential_expression("kind", silent=True)
+    with pytest.raises(CellsError, match="latents of 300 cells for the 10"):
+        made[0].differential_expression(
+            make_adata()[:10], "cell_type", encoded=made[0].encode(), all_stats=False, silent=True
+        )
 
 
 def test_with_float32_it_answers_the_same(made, tmp_path):
