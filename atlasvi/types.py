@@ -29,6 +29,7 @@ class FieldMap:
         gene_mask: name of the boolean column of var that chose the genes, if one did.
         unlabeled_category: the label of cells that have none, the last of the labels; ``None`` where labels
             are not learnt.
+        number_keys: those of the columns with levels that hold numbers or true and false, not text.
     """
 
     var_names: tuple[str, ...]
@@ -43,6 +44,7 @@ class FieldMap:
     continuous_covariate_keys: tuple[str, ...] = ()
     gene_mask: str | None = None
     unlabeled_category: str | None = None
+    number_keys: tuple[str, ...] = ()
 
     @property
     def n_vars(self) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from atlasvi.errors import ModelError, OptionError
@@ -29,7 +30,7 @@ from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.decoder import LinearDecoder, LinearHead
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, InputLinear
-from atlasvi.store.fields import as_level
+from atlasvi.store.fields import are_numbers, as_level
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
@@ -223,6 +224,12 @@ def _fields(var_names: Any, registry: Mapping[str, Any]) -> FieldMap:
     batch_key, labels_key = setup.get("batch_key"), setup.get("labels_key")
     categorical = tuple(setup.get("categorical_covariate_keys") or ())
     mappings = of["extra_categorical_covs"]["state_registry"]["mappings"] if categorical else {}
+    with_levels = {
+        key: of[field]["state_registry"]["categorical_mapping"]
+        for field, key in (("batch", batch_key), ("labels", labels_key))
+        if key
+    }
+    with_levels |= {key: mappings[key] for key in categorical}
     unlabeled = setup.get("unlabeled_category")
     return FieldMap(
         var_names=tuple(str(name) for name in var_names),
@@ -238,6 +245,7 @@ def _fields(var_names: Any, registry: Mapping[str, Any]) -> FieldMap:
         ),
         continuous_covariate_keys=tuple(setup.get("continuous_covariate_keys") or ()),
         unlabeled_category=None if unlabeled is None else as_level(unlabeled),
+        number_keys=tuple(key for key, values in with_levels.items() if are_numbers(values)),
     )
 
 
@@ -320,8 +328,13 @@ def _registry(fields: FieldMap) -> dict[str, Any]:
     def column(attr: str, key: str) -> dict[str, str]:
         return {"attr_name": attr, "attr_key": key}
 
-    def categories(levels: tuple[str, ...], key: str) -> dict[str, Any]:
-        return {"categorical_mapping": np.array(levels, dtype=object), "original_key": key}
+    def values(levels: tuple[str, ...], key: str) -> NDArray[Any]:
+        return _as_in_obs(levels) if key in fields.number_keys else np.array(levels, dtype=object)
+
+    def categories(levels: tuple[str, ...], key: str | None, default: str) -> dict[str, Any]:
+        # Where no column was named scvi-tools makes one of zeros.
+        mapping = np.zeros(1, np.int64) if key is None else values(levels, key)
+        return {"categorical_mapping": mapping, "original_key": key or default}
 
     none: dict[str, Any] = {"data_registry": {}, "state_registry": {}, "summary_stats": {}}
     place = {"attr_name": "X", "attr_key": None} if fields.layer is None else column("layers", fields.layer)
@@ -335,12 +348,12 @@ def _registry(fields: FieldMap) -> dict[str, Any]:
         },
         "batch": {
             "data_registry": column("obs", "_scvi_batch"),
-            "state_registry": categories(fields.batch_categories, fields.batch_key or "_scvi_batch"),
+            "state_registry": categories(fields.batch_categories, fields.batch_key, "_scvi_batch"),
             "summary_stats": {"n_batch": fields.n_batch},
         },
         "labels": {
             "data_registry": column("obs", "_scvi_labels"),
-            "state_registry": categories(fields.labels_categories, fields.labels_key or "_scvi_labels"),
+            "state_registry": categories(fields.labels_categories, fields.labels_key, "_scvi_labels"),
             "summary_stats": {"n_labels": fields.n_labels},
         },
         "size_factor": none, "extra_categorical_covs": none, "extra_continuous_covs": none,
@@ -352,7 +365,7 @@ def _registry(fields: FieldMap) -> dict[str, Any]:
         registries["extra_categorical_covs"] = {
             "data_registry": column("obsm", "_scvi_extra_categorical_covs"),
             "state_registry": {
-                "mappings": {k: np.array(v, dtype=object) for k, v in zip(keys, levels, strict=True)},
+                "mappings": {k: values(v, k) for k, v in zip(keys, levels, strict=True)},
                 "field_keys": list(keys),
                 "n_cats_per_key": list(fields.n_levels),
             },
@@ -377,6 +390,18 @@ def _registry(fields: FieldMap) -> dict[str, Any]:
         },
         "field_registries": registries,
     }  # fmt: skip
+
+
+def _as_in_obs(levels: tuple[str, ...]) -> NDArray[Any]:
+    """Levels of a column that holds numbers, or true and false; text where some are neither."""
+    if set(levels) <= {"False", "True"}:
+        return np.array([level == "True" for level in levels])
+    for kind in (int, float):
+        try:
+            return np.array([kind(level) for level in levels])
+        except ValueError:
+            continue
+    return np.array(levels, dtype=object)
 
 
 __all__ = ["from_scvi_tools", "to_scvi_tools", "weights_from", "weights_to"]

@@ -88,6 +88,7 @@ def register(
     atlas.check_counts()
     categorical = _key_list("categorical_covariate_keys", categorical_covariate_keys)
     continuous = _key_list("continuous_covariate_keys", continuous_covariate_keys)
+    with_levels = dict.fromkeys(key for key in (batch_key, labels_key, *categorical) if key is not None)
     field_map = FieldMap(
         var_names=_choose_genes(atlas, gene_mask),
         layer=layer,
@@ -100,6 +101,7 @@ def register(
         categorical_covariate_categories=tuple(_levels(atlas, key) for key in categorical),
         continuous_covariate_keys=continuous,
         gene_mask=gene_mask,
+        number_keys=tuple(key for key in with_levels if _holds_numbers(atlas, key)),
     )
     _check_numbers(atlas, field_map)
     return field_map
@@ -293,6 +295,16 @@ def as_level(value: Any) -> str:
     return str(value)
 
 
+def are_numbers(values: Any) -> bool:
+    """Whether levels are numbers, or true and false, rather than text."""
+    return pd.api.types.infer_dtype(values) in ("integer", "floating", "mixed-integer-float", "boolean")
+
+
+def _holds_numbers(atlas: Atlas, key: str) -> bool:
+    column = _column(atlas, key)
+    return are_numbers(column.categories if isinstance(column, pd.Categorical) else column)
+
+
 def _numbers(atlas: Atlas, key: str, *, positive: bool = False) -> NDArray[np.float32]:
     """``(n_obs,)`` float32, checked."""
     column = _column(atlas, key)
@@ -363,6 +375,7 @@ def _some(names: Sequence[str] | pd.Index, at_most: int = 5) -> str:
 __all__ = [
     "UNS_KEY",
     "Codes",
+    "are_numbers",
     "as_level",
     "from_uns",
     "level_codes",

@@ -118,6 +118,40 @@ def test_what_is_written_has_every_weight_that_scvi_tools_wrote(tmp_path):
             assert torch.equal(ours[name], value), name
 
 
+LEVELS = {
+    "integers": ([10, 2, 1], [1, 2, 10], np.int64),
+    "fractions": ([0.5, 2.0], [0.5, 2.0], np.float64),
+    "true and false": ([True, False], [False, True], np.bool_),
+    "categories": (pd.Categorical([2, 0, 1], [2, 0, 1]), [2, 0, 1], np.int64),
+    "text": (["1", "0"], ["0", "1"], np.object_),
+}
+
+
+@pytest.mark.parametrize(("values", "expected", "dtype"), LEVELS.values(), ids=LEVELS)
+def test_levels_are_written_with_the_type_they_have_in_obs(values, expected, dtype, adata, tmp_path):
+    """scvi-tools compares the levels with those of obs; where no column was named they are its zeros."""
+    from atlasvi.models.scvi import SCVI
+
+    for key in ("batch", "donor"):
+        adata.obs[key] = pd.Series(values).take(np.arange(adata.n_obs) % len(values)).array
+    SCVI.setup_anndata(adata, batch_key="batch", categorical_covariate_keys=["donor"], gene_mask=None)
+    model = SCVI(adata, n_hidden=16, n_latent=3)
+    model.train(1, enable_progress_bar=False)
+    model.save(tmp_path / "m")
+    to_scvi_tools(load(tmp_path / "m"), tmp_path / "theirs")
+    content = read_pickled(tmp_path / "theirs" / "model.pt")
+    of = {
+        name: field["state_registry"]
+        for name, field in content["attr_dict"]["registry_"]["field_registries"].items()
+    }
+    for levels in (of["batch"]["categorical_mapping"], of["extra_categorical_covs"]["mappings"]["donor"]):
+        assert levels.dtype == dtype
+        assert levels.tolist() == expected
+    labels = of["labels"]["categorical_mapping"]
+    assert (labels.dtype, labels.tolist()) == (np.int64, [0])
+    assert from_scvi_tools(tmp_path / "theirs", adata).fields == model.fields
+
+
 def test_the_command_converts_both_ways(tmp_path, monkeypatch, capsys):
     for source, out in ((SAVED / "scvi", "m"), (tmp_path / "m", "theirs")):
         monkeypatch.setattr(sys, "argv", ["atlasvi", "convert", str(source), "-o", str(tmp_path / out)])
