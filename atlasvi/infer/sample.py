@@ -331,12 +331,14 @@ class PriorCells:
         like: the cells that templates are chosen from.
         n_obs: how many.
         seed: of the choice.
+        code: of the batch that all are of, or ``None`` for that of each template.
     """
 
     module: Any
     like: Encoded
     n_obs: int
     seed: int
+    code: int | None = None
     is_stored: bool = True
 
     @torch.no_grad()
@@ -345,12 +347,11 @@ class PriorCells:
         rows = torch.arange(start, stop)
         u = counter_uniform(self.seed, 0, _CHOICE, rows, 1)[:, 0].double().numpy()
         block = self.like.take(np.minimum((u * len(self.like)).astype(np.int64), len(self.like) - 1), device)
+        cells = replace(in_batch(block.cells, self.code), rows=rows.to(device))
         library, scale = block.library, block.library_scale
         if scale is not None:
-            batch = block.cells.batch_index
-            library = self.module.library_log_mean[batch].exp()
-            scale = self.module.library_log_var[batch].sqrt()
-        cells = replace(block.cells, rows=rows.to(device))
+            library = self.module.library_log_mean[cells.batch_index].exp()
+            scale = self.module.library_log_var[cells.batch_index].sqrt()
         prior = self.module.from_prior(Noise(self.seed, 0, cells.rows))
         return EncodedBlock(prior, library, scale, cells, np.arange(start, stop))
 

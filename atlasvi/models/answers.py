@@ -538,7 +538,8 @@ class Answers(Model[Config, Module]):
         """
         request = self._request(genes, transform_batch, library_size, 1, seed=seed)
         like = data if isinstance(data, Encoded) else self.encode(data)
-        cells = PriorCells(self.module, like, at_least_one("n_cells", n_cells), seed)
+        code = request.batches[0] if request.batches else None
+        cells = PriorCells(self.module, like, at_least_one("n_cells", n_cells), seed, code)
         return self._drawn(cells, request, lambda: numbered("prior", n_cells), out)
 
     def sample_neighbourhood(

@@ -165,6 +165,18 @@ def test_cells_from_the_prior(model, tmp_path):
     assert written.obs_names[7] == "prior-7"
 
 
+def test_a_latent_library_is_drawn_from_the_prior_of_the_batch_asked_for(adata):
+    deep = np.where(adata.obs["batch"] == "b2", 8, 1)
+    adata.X = sp.diags(deep.astype(np.float32)) @ adata.X
+    model = build(adata, gene_likelihood="poisson", use_observed_lib_size=False)
+    prior = model.module.library_log_mean, model.module.library_log_var
+    means = (prior[0] + prior[1] / 2).exp().tolist()
+    assert means[1] > 5 * means[0]
+    for batch, mean in zip(("b1", "b2"), means, strict=True):
+        drawn = model.sample_prior(1000, transform_batch=batch, seed=1).read_rows(slice(None))
+        assert drawn.to_scipy().sum(1).mean() == pytest.approx(mean, rel=0.1)
+
+
 def test_cells_near_a_cell(model):
     cells = model.encode()
     near = sample.nearest(cells, 7, 10)
