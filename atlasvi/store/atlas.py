@@ -361,6 +361,16 @@ class Atlas:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __copy__(self) -> Atlas:
+        """With a registration of its own; what reads the counts never changes and is shared, as by views."""
+        again = Atlas.__new__(Atlas)
+        again.__dict__.update(self.__dict__)
+        return again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Atlas:
+        """The same: counts in memory are not copied, and a store is not opened anew."""
+        return self.__copy__()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """By where it is: another process opens the store anew, and counts are never pickled."""
         is_joined = isinstance(self._source, JoinedSource)

@@ -1,5 +1,6 @@
 """What every model of the family does: trained from an AnnData and from a store, saved, loaded, resumed."""
 
+import copy
 import sys
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_it_learns_and_is_the_same_after_saving_and_loading(name, adata, tmp_pat
         assert type(again) is type(model)
         assert again.config == model.config
         np.testing.assert_array_equal(answer(again, adata), answer(model))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_deep_copy_has_weights_of_its_own_and_the_same_counts(name, adata):
+    model = build(name, adata)
+    model.train(**({} if name in FACTORS else {"max_epochs": 1}), enable_progress_bar=False)
+    before = answer(model)
+    again = copy.deepcopy(model)
+    np.testing.assert_array_equal(answer(again), before)
+    assert again.atlas is not model.atlas
+    assert again.atlas._source is model.atlas._source
+    with torch.no_grad():
+        for value in again.module.state_dict().values():
+            value.zero_()
+    np.testing.assert_array_equal(answer(model), before)
 
 
 @pytest.mark.parametrize("name", TRAINED)

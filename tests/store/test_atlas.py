@@ -1,5 +1,6 @@
 """An atlas: what opens and what does not, views, reading, damage, and obsm written whole or not at all."""
 
+import copy
 import errno
 import os
 import shutil
@@ -136,6 +137,16 @@ def test_anything_a_method_may_be_given(adata, store):
     assert as_atlas(adata).shape == as_atlas(store).shape == as_atlas(str(store)).shape == adata.shape
     with pytest.raises(OptionError, match="a ndarray holds no counts"):
         as_atlas(np.zeros(3))
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+def test_a_copy_reads_the_same_counts_and_has_a_registration_of_its_own(make, adata, small_atlas):
+    for atlas in (small_atlas, Atlas.from_anndata(adata), Atlas.from_anndata(adata)[3:9, [5, 2]]):
+        again = make(atlas)
+        expected = atlas.read_rows(slice(None)).to_dense()
+        assert torch.equal(again.read_rows(slice(None)).to_dense(), expected)
+        again.registration = register(again)
+        assert atlas.registration is None
 
 
 def test_the_registration_stays_with_the_atlas_and_off_the_disk(small_atlas, small_store):

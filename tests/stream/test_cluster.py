@@ -369,7 +369,7 @@ def test_counts_in_memory_are_refused(client, tmp_path):
     adata = anndata.AnnData(sp.eye(4, 24, format="csr", dtype=np.float32))
     memory = Atlas.from_anndata(adata)
     joined = atlas_module.open({"a": memory, "b": Atlas.from_anndata(adata)}, make_unique=True)
-    told = r"'AnnData' X is in the memory of this process.*atlasvi\.ingest\("
+    told = r"'AnnData' X is in the memory of this process.* pickle; .*atlasvi\.ingest\("
     for atlas in (memory, joined):
         for ask in (
             check_places,
