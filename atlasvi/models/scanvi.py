@@ -40,7 +40,16 @@ from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
 from atlasvi.store.atlas import Atlas, as_atlas
-from atlasvi.store.fields import UNS_KEY, Codes, as_level, from_uns, level_codes, resolve, uns_entry
+from atlasvi.store.fields import (
+    UNS_KEY,
+    Codes,
+    as_level,
+    codes_of_known,
+    from_uns,
+    level_codes,
+    resolve,
+    uns_entry,
+)
 from atlasvi.stream import Epochs
 from atlasvi.train.schedule import PLANS, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
@@ -564,19 +573,16 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         """As of any model; cells of other data that have other labels, or none, count as without one."""
         if data is None:
             return super()._data(None)
-        atlas = as_atlas(data, layer=self.fields.layer)
-        key = self.fields.labels_key
-        if key in atlas.obs_keys and set(level_codes(atlas, key)[1]) <= set(self.fields.labels_categories):
-            return super()._data(atlas)
-        codes = resolve(replace(self.fields, labels_key=None), atlas)
-        return atlas, replace(codes, labels=np.full_like(codes.labels, self.module.n_labels))
+        atlas, fields = as_atlas(data, layer=self.fields.layer), self.fields
+        labels = codes_of_known(atlas, fields.labels_key, fields.labels_categories, self.module.n_labels)
+        return atlas, replace(resolve(replace(fields, labels_key=None), atlas), labels=labels)
 
     def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
         _, codes = self._data(None)
         labels = codes.labels[training]
         has_label = labels < self.module.n_labels
-        if not has_label.any() and self.origin is not None:
-            # A query may have no labels: what there is to learn of them is learnt.
+        if has_label.sum() < 3 and self.origin is not None:
+            # A query may have none, or too few for a minibatch: what there is to learn of labels is learnt.
             return epochs(positions=training)
         if has_label.sum() < 3:
             raise ObsError(

@@ -178,6 +178,22 @@ def level_codes(atlas: Atlas, key: str | None) -> tuple[NDArray[Any], tuple[str,
     return _codes(atlas, key, levels), levels
 
 
+def codes_of_known(atlas: Atlas, key: str | None, known: tuple[str, ...], otherwise: int) -> NDArray[Any]:
+    """``(n_obs,)`` codes in the order of ``known``; ``otherwise`` of cells with another level, or with none.
+
+    Nor need the atlas have the column.
+    """
+    dtype = np.min_scalar_type(-max(len(known), 1))
+    if key is None or key not in atlas.obs_keys:
+        return np.full(atlas.n_obs, otherwise, dtype)
+    codes, levels = _with_gaps(atlas, key)
+    code_of = {level: code for code, level in enumerate(known)}
+    # The last is where the code -1 of a gap leads.
+    translated = np.array([*(code_of.get(level, otherwise) for level in levels), otherwise], dtype)
+    result: NDArray[Any] = translated[codes]
+    return result
+
+
 def uns_entry(field_map: FieldMap) -> str:
     """The registration as the text that stands in ``adata.uns["atlasvi"]``."""
     return field_map.to_json()
@@ -263,6 +279,13 @@ def _codes(atlas: Atlas, key: str | None, known: tuple[str, ...]) -> NDArray[Any
 
 def _factorize(atlas: Atlas, key: str) -> tuple[NDArray[Any], list[str]]:
     """``(n_obs,)`` codes without gaps and the levels they stand for, as text."""
+    codes, levels = _with_gaps(atlas, key)
+    _refuse_gaps(atlas, key, np.flatnonzero(codes < 0))
+    return codes, levels
+
+
+def _with_gaps(atlas: Atlas, key: str) -> tuple[NDArray[Any], list[str]]:
+    """As `_factorize`, -1 where a cell has no value."""
     column = _column(atlas, key)
     if isinstance(column, pd.Categorical):
         codes, values = column.codes, column.categories
@@ -275,7 +298,6 @@ def _factorize(atlas: Atlas, key: str) -> tuple[NDArray[Any], list[str]]:
         rank = np.empty(len(values) + 1, np.int64)
         rank[order], rank[-1] = np.arange(len(values)), -1
         codes, values = rank[codes], values[order]
-    _refuse_gaps(atlas, key, np.flatnonzero(codes < 0))
     return codes, [as_level(value) for value in values]
 
 
@@ -377,6 +399,7 @@ __all__ = [
     "Codes",
     "are_numbers",
     "as_level",
+    "codes_of_known",
     "from_uns",
     "level_codes",
     "match_genes",

@@ -88,6 +88,35 @@ def test_a_query_needs_no_labels_and_may_have_others(cells, tmp_path):
     np.testing.assert_array_equal(SCANVI.load(tmp_path / "m").predict(query, soft=True), expected)
 
 
+HAVE_NO_LABEL = {
+    "gaps": lambda label: label.where(np.arange(400) % 5 > 0),
+    "gaps among categories": lambda label: label.where(np.arange(400) % 5 > 0).astype("category"),
+    "gaps only": lambda label: np.full(400, np.nan),
+    "gaps only, of categories": lambda label: pd.Categorical([None] * 400, ["T"]),
+    "one that is not known": lambda label: label.mask(np.arange(400) == 16, "Treg"),
+}
+
+
+@pytest.mark.parametrize("change", HAVE_NO_LABEL.values(), ids=HAVE_NO_LABEL)
+def test_only_cells_of_a_query_that_have_no_known_label_count_as_without_one(change, cells, tmp_path):
+    model = train(build(cells), 1)
+    model.save(tmp_path / "m")
+    expected = model.predict(soft=True)
+    cells.obs["label"] = change(cells.obs["label"])
+    np.testing.assert_array_equal(model.predict(cells, soft=True), expected)
+    codes = [model.labels.index(x) if x in model.labels else 3 for x in cells.obs["label"].astype(object)]
+    queries = SCANVI.load(tmp_path / "m", cells), SCANVI.load_query_data(cells, tmp_path / "m")
+    for query in queries:
+        np.testing.assert_array_equal(query._codes.labels, codes)
+    train(queries[1], 1)
+
+
+def test_a_query_may_have_fewer_labels_than_a_minibatch_takes(cells):
+    reference = train(build(cells), 1)
+    cells.obs["label"] = np.where(np.arange(400) == 16, "T", None)
+    train(SCANVI.load_query_data(cells, reference), 1, train_size=1.0)
+
+
 def test_a_loaded_model_goes_on_with_its_labels(cells, tmp_path):
     train(build(cells), 1).save(tmp_path / "m")
     again = SCANVI.load(tmp_path / "m", cells)
