@@ -20,7 +20,7 @@ ICML 70, 1321): softmax(h W_4 / T).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,12 @@ from torch import nn
 
 from atlasvi.errors import GenesError, ObsError, OptionError
 from atlasvi.infer.classify import probability_blocks
-from atlasvi.models.arguments import one_of, refuse
+from atlasvi.models.arguments import cell_positions, one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import registered, registered_as
 from atlasvi.store.atlas import Atlas, as_atlas
-from atlasvi.store.fields import Codes, level_codes, resolve
+from atlasvi.store.fields import Codes, codes_of_known, resolve
+from atlasvi.stream import Epochs
 from atlasvi.train.schedule import TrainingPlan
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, StepWeights
 
@@ -231,6 +232,7 @@ class ACTINN(CountModel[ACTINNConfig, ACTINNModule]):
         self._must_be_trained()
         if not len(self.validation_indices):
             raise OptionError("calibrate needs cells kept for validation; train with train_size below 1")
+        self._must_have_labels(None, self.validation_indices)
         self.module.temperature.fill_(1)
         logits, labels = [], []
         with torch.no_grad():
@@ -292,14 +294,31 @@ class ACTINN(CountModel[ACTINNConfig, ACTINNModule]):
         return 50  # as published
 
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
-        """As of any model; labels of other data that are none of the model's are not looked at."""
+        """As of any model; -1 is the label of cells of other data that have none of the model's."""
         if data is None:
             return super()._data(None)
-        atlas = as_atlas(data, layer=self.fields.layer)
-        key = self.fields.labels_key
-        if key in atlas.obs_keys and set(level_codes(atlas, key)[1]) <= set(self.fields.labels_categories):
-            return super()._data(atlas)
-        return atlas, resolve(replace(self.fields, labels_key=None), atlas)
+        atlas, fields = as_atlas(data, layer=self.fields.layer), self.fields
+        labels = codes_of_known(atlas, fields.labels_key, fields.labels_categories, -1)
+        return atlas, replace(resolve(replace(fields, labels_key=None), atlas), labels=labels)
+
+    def _must_have_labels(self, data: Data | None, indices: Any) -> None:
+        atlas, codes = self._data(data)
+        chosen = np.arange(atlas.n_obs) if indices is None else cell_positions(indices, atlas.n_obs)
+        without = chosen[codes.labels[chosen] < 0]
+        if len(without):
+            raise ObsError(
+                f"{len(without)} cells of {atlas.name}, the first {str(atlas.obs_names[without[0]])!r}, have "
+                f"none of the labels that this ACTINN knows in obs column {self.fields.labels_key!r}; leave "
+                "them out: predict() alone needs no labels"
+            )
+
+    def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
+        self._must_have_labels(None, None)
+        return super()._training_epochs(epochs, training)
+
+    def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
+        self._must_have_labels(data, indices)
+        return super()._terms(data, indices, batch_size, seed)
 
 
 def _shared(fields: FieldMap, query: Atlas) -> tuple[str, ...]:

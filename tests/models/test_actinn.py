@@ -94,6 +94,30 @@ def test_it_classifies_a_query_with_other_genes_and_no_labels(transform, cells):
     np.testing.assert_array_equal(model.predict(query), predicted)
 
 
+HAVE_NO_LABEL = {
+    "gaps": lambda kind: kind.where(np.arange(600) > 3),
+    "gaps among categories": lambda kind: kind.where(np.arange(600) > 3).astype("category"),
+    "gaps only": lambda kind: np.full(600, np.nan),
+    "one that is not known": lambda kind: kind.mask(np.arange(600) < 4, "Treg"),
+}
+
+
+@pytest.mark.parametrize("change", HAVE_NO_LABEL.values(), ids=HAVE_NO_LABEL)
+def test_labels_of_a_query_may_have_gaps_until_they_are_asked_for(change, cells, tmp_path):
+    model = train(build(cells), 1)
+    model.save(tmp_path / "m")
+    expected, elbo = model.predict(), model.get_elbo(indices=range(4, 9))
+    cells.obs["type"] = change(cells.obs["type"])
+    np.testing.assert_array_equal(model.predict(cells), expected)
+    query = ACTINN.load(tmp_path / "m", cells)
+    np.testing.assert_array_equal(query.predict(), expected)
+    if cells.obs["type"].notna().any():
+        assert query.get_elbo(indices=range(4, 9)) == pytest.approx(elbo)
+    for ask in (query.get_elbo, query.get_reconstruction_error, lambda: train(query, 1)):
+        with pytest.raises(ObsError, match=r"the first 'cell-0', have none of the labels .* 'type'"):
+            ask()
+
+
 def test_probabilities_are_calibrated(cells):
     """After calibration, no other temperature has a lower cross-entropy on the cells that were kept."""
     model = train(build(cells), 30)
