@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -311,7 +311,9 @@ class Model(Generic[Config, Module]):
             return self.atlas, self._codes
         # Counts are taken from where they were at training; an Atlas says itself where its counts are.
         atlas = as_atlas(data, layer=self.fields.layer)
-        return atlas, resolve(self.fields, atlas)
+        # Labels that nothing is asked of need not be there, nor be known.
+        uses_labels = getattr(self.config, "dispersion", None) == "gene-label"
+        return atlas, resolve(self.fields if uses_labels else replace(self.fields, labels_key=None), atlas)
 
     def _rows(self, data: Data | None, indices: Any) -> NDArray[np.int64]:
         atlas = self._data(data)[0]

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from atlasvi.errors import GenesError, ModelError, NotTrainedError
+from atlasvi.errors import GenesError, ModelError, NotTrainedError, ObsError
 from atlasvi.models.ldvae import LinearSCVI
 from atlasvi.models.scanvi import SCANVI
 from atlasvi.models.scvi import SCVI
@@ -157,6 +157,27 @@ def test_labels_are_transferred_to_a_query_that_has_none(adata, query):
         for k, v in model.module.classifier.state_dict().items()
         if "batch_norms" not in k
     )
+
+
+def test_labels_that_a_model_does_not_use_need_not_be_in_the_query(adata, query):
+    changes = {
+        "no column": lambda obs: obs.drop(columns="cell_type"),
+        "a new level": lambda obs: obs.assign(cell_type="Treg"),
+        "gaps": lambda obs: obs.assign(cell_type=np.nan),
+    }
+    models = {}
+    for dispersion in ("gene", "gene-label"):
+        SCVI.setup_anndata(adata, batch_key="batch", labels_key="cell_type", gene_mask=None)
+        models[dispersion] = train(SCVI(adata, n_hidden=16, n_latent=3, dispersion=dispersion), 1)
+    query.obs["batch"] = "b1"
+    expected = models["gene"].get_elbo(query)
+    for change in changes.values():
+        other = query.copy()
+        other.obs = change(other.obs)
+        assert models["gene"].get_elbo(other) == expected
+        train(SCVI.load_query_data(other, models["gene"]), 1)
+        with pytest.raises(ObsError, match="'cell_type'"):
+            models["gene-label"].get_elbo(other)
 
 
 def test_genes_are_put_into_place_and_missing_ones_are_zero(adata, query):
