@@ -108,6 +108,15 @@ def made(tmp_path_factory):
     return folder, said
 
 
+def test_python_runs_the_package_as_the_command():
+    said = subprocess.run(
+        [sys.executable, "-m", "atlasvi", "info", "nothing"],
+        capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 1
+    assert "'nothing'" in one_line(said.stderr)
+
+
 # --- what goes right ----------------------------------------------------------------------------
 
 

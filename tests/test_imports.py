@@ -26,6 +26,7 @@ ORDER = [
     ["report", "serve"],
     ["demo", "scorecard"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

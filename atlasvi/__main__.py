@@ -1,0 +1,5 @@
+"""``python -m atlasvi``: the command, where it is not on the path."""
+
+from atlasvi.cli import main
+
+main()
