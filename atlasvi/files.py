@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from atlasvi.errors import SpaceError
 
@@ -44,6 +47,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         settle(path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def plain_number(value: Any) -> Any:
+    """For ``json.dumps(default=)``: a number of numpy's, which options may be, as Python's.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, np.number | np.bool_):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
 def settle(path: Path) -> None:

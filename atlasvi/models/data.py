@@ -65,7 +65,9 @@ def split_cells(
     Raises:
         OptionError: shares that are not shares, or too few cells to train on.
     """
-    validation_size = 1 - train_size if validation_size is None else validation_size
+    # A model folder has the shares as Python's floats, and is to give the same cells.
+    train_size = float(train_size)
+    validation_size = 1 - train_size if validation_size is None else float(validation_size)
     if not 0 < train_size <= 1 or not 0 <= validation_size <= 1 or train_size + validation_size > 1 + 1e-9:
         raise OptionError(
             f"train_size {train_size} and validation_size {validation_size} must be shares of 1 in sum"

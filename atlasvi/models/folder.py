@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import atlasvi
 from atlasvi.errors import ModelError, VersionError
-from atlasvi.files import replacing_folder, settle
+from atlasvi.files import plain_number, replacing_folder, settle
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -41,7 +41,7 @@ def write_folder(
     whole = {"format": FORMAT, **description, "versions": versions()}
     with replacing_folder(path) as new:
         save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, new / WEIGHTS)
-        (new / DESCRIPTION).write_text(json.dumps(whole, indent=1))
+        (new / DESCRIPTION).write_text(json.dumps(whole, indent=1, default=plain_number))
         if (path / CHECKPOINT).is_dir():
             shutil.copytree(path / CHECKPOINT, new / CHECKPOINT)
         if (path / LOG).is_file():

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from atlasvi import metrics
 from atlasvi.de.groups import check_level
 from atlasvi.errors import CellsError, OptionError
+from atlasvi.files import plain_number
 from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one
 from atlasvi.models.base import CountModel
@@ -154,7 +155,7 @@ def evaluate(
     options = {"label_key": label_key, "batch_key": batch_key, "group": group, **asdict(effort), "seed": seed}
     return Scorecard(
         model=type(model).__name__,
-        config=json.loads(json.dumps(asdict(model.config))),
+        config=json.loads(json.dumps(asdict(model.config), default=plain_number)),
         atlas=Path(data.name).name,
         n_obs=data.n_obs,
         n_vars=model.fields.n_vars,

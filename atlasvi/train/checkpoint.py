@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlasvi.errors import ModelError, VersionError
-from atlasvi.files import replacing_folder, settle
+from atlasvi.files import plain_number, replacing_folder, settle
 from atlasvi.train.history import Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
@@ -167,7 +167,7 @@ def save_checkpoint(
         for name, values in ((AVERAGE, average), (BEST, best)):
             if values:
                 save_file(values, new / name)
-        (new / STATE).write_text(json.dumps(rest))
+        (new / STATE).write_text(json.dumps(rest, default=plain_number))
 
 
 def batch_size_of(path: Path) -> int | None:
@@ -207,7 +207,7 @@ def load_checkpoint(
                 f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi reads up to "
                 f"{FORMAT}: pip install --upgrade atlasvi"
             )
-        _refuse_other_run(path, rest["run"], json.loads(json.dumps(run)))
+        _refuse_other_run(path, rest["run"], json.loads(json.dumps(run, default=plain_number)))
         weights, flat = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
         average, best = (
             load_file(path / name) if (path / name).is_file() else {} for name in (AVERAGE, BEST)

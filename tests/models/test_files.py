@@ -105,6 +105,21 @@ def test_saving_twice_writes_the_same_bytes(saved, model, tmp_path):
     assert snapshot(saved) == snapshot(tmp_path / "again")
 
 
+def test_options_may_be_numbers_of_numpys(adata, tmp_path):
+    SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
+    whole, share = np.int64, np.float32
+    how = {"enable_progress_bar": False, "checkpoint": tmp_path / "run", "checkpoint_every_seconds": 0}
+    how |= {"plan_kwargs": {"lr": share(0.01)}, "train_size": share(0.8), "seed": whole(1)}
+    model = SCVI(adata, n_hidden=whole(16), n_latent=whole(3), dropout_rate=share(0.1))
+    model.train(whole(1), batch_size=whole(64), **how)
+    model.train(whole(2), batch_size=whole(64), resume=True, **how)
+    model.save(tmp_path / "model")
+    loaded = SCVI.load(tmp_path / "model", adata)
+    assert type(loaded.config.n_latent) is int and loaded.config == model.config
+    assert loaded.plan == model.plan
+    np.testing.assert_array_equal(loaded.validation_indices, model.validation_indices)
+
+
 # --- what is not written over -------------------------------------------------------------------
 
 
