@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from atlasvi.models import load
 from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
 from atlasvi.store.atlas import Atlas
+from atlasvi.store.frame import check_column
 
 if TYPE_CHECKING:
     import anndata
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from atlasvi.models.data import Data
+
+
+logger = logging.getLogger(__name__)
 
 
 class CompactAtlas:
@@ -198,7 +203,8 @@ def publish(
         out: the folder.
         dtype: of means and scales of the latents, ``"float16"`` or ``"float32"``. Normalisers are of these,
             so that everyone decodes the same.
-        obs: columns of obs to publish; all when ``None``.
+        obs: columns of obs to publish; when ``None`` all but those of a kind that `ingest` leaves out too,
+            such as dates, which are logged.
         transform_batch: batches whose normalisers are kept too, besides each cell's own.
         n_samples: posterior samples (of seed 0) whose normalisers are kept.
         overwrite: replace a published atlas that is there.
@@ -206,7 +212,8 @@ def publish(
 
     Raises:
         StoreError: there is something already.
-        ObsError: columns that there are not, or batches that the model does not know.
+        ObsError: columns that there are not or that cannot be written, or batches that the model does not
+            know.
         SpaceError: the disk is full; nothing is left behind.
 
     Example:
@@ -221,10 +228,7 @@ def publish(
         raise StoreError(f"there is a {str(out)!r} already; pass overwrite, or name another place")
     codes = model._batch_codes(transform_batch or None)
     atlas, _ = model._data(data)
-    columns = list(atlas.obs_keys if obs is None else obs)
-    for key in columns:
-        if key not in atlas.obs_keys:
-            raise ObsError(f"obs of {atlas.name} has no column {key!r}; it has {', '.join(atlas.obs_keys)}")
+    columns = _columns_to_publish(atlas, obs)
     cells = model.encode(data, client=client)
     cells.loc, cells.scale = cells.loc.astype(dtype), cells.scale.astype(dtype)
     n_vars = model.fields.n_vars
@@ -239,6 +243,26 @@ def publish(
             new, n_obs=len(cells), n_vars=n_vars, dtype=dtype, weights=fingerprint(model.module),
             model=type(model).__name__,
         )  # fmt: skip
+
+
+def _columns_to_publish(atlas: Atlas, obs: Sequence[str] | None) -> list[str]:
+    """Columns of obs that can be written; what cannot is left out, or refused where it was asked for."""
+    columns = []
+    for key in atlas.obs_keys if obs is None else obs:
+        if key not in atlas.obs_keys:
+            raise ObsError(f"obs of {atlas.name} has no column {key!r}; it has {', '.join(atlas.obs_keys)}")
+        try:
+            check_column(key, atlas.obs_column(key))
+        except TypeError as error:
+            if obs is not None:
+                raise ObsError(
+                    f"obs[{key!r}] of {atlas.name} cannot be published: {error}; make it text, categories or "
+                    "numbers, or leave it out of obs="
+                ) from error
+            logger.warning("publish: left out: obs[%r]: %s", key, error)
+            continue
+        columns.append(key)
+    return columns
 
 
 def open_compact(path: str | Path, *, verify: bool = True) -> CompactAtlas:

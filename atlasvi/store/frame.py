@@ -96,22 +96,34 @@ def write_frame(parent: Any, key: str, n: int, index_name: str = "_index") -> An
     return group
 
 
-def write_column(group: Any, key: str, values: Any) -> None:
-    """Add one column to a data frame begun by `write_frame`.
+def check_column(key: str, values: Any) -> None:
+    """Make sure that `write_column` can write a column.
 
     Raises:
         TypeError: values of a kind that AnnData has no encoding for.
     """
+    if isinstance(values, pd.arrays.FloatingArray):
+        raise TypeError(f"nullable column of type {values.dtype}")
+    is_plain = isinstance(values, np.ndarray) and values.dtype.kind in "biufcTU"
+    if not (is_plain or isinstance(values, (pd.Categorical, pd.arrays.IntegerArray, pd.arrays.BooleanArray))):
+        raise TypeError(f"column {key!r} of type {getattr(values, 'dtype', type(values).__name__)}")
+
+
+def write_column(group: Any, key: str, values: Any) -> None:
+    """Add one column to a data frame begun by `write_frame`.
+
+    Raises:
+        TypeError: values of a kind that AnnData has no encoding for; nothing is written.
+    """
+    check_column(key, values)
     if isinstance(values, pd.Categorical):
         _write_categorical(group.create_group(key), values)
-    elif isinstance(values, np.ndarray) and values.dtype.kind in "biufc":
-        write_plain(group, key, values, CHUNK, "array")
-    elif isinstance(values, np.ndarray) and values.dtype.kind in "TU":
-        _string_array(group, key, len(values))[...] = values.astype(STRING)
-    elif isinstance(values, (pd.arrays.IntegerArray, pd.arrays.FloatingArray, pd.arrays.BooleanArray)):
+    elif not isinstance(values, np.ndarray):
         _write_nullable(group.create_group(key), values)
+    elif values.dtype.kind in "TU":
+        _string_array(group, key, len(values))[...] = values.astype(STRING)
     else:
-        raise TypeError(f"column {key!r} of type {getattr(values, 'dtype', type(values).__name__)}")
+        write_plain(group, key, values, CHUNK, "array")
     group.attrs["column-order"] = [*group.attrs["column-order"], key]
 
 
@@ -151,9 +163,7 @@ def _write_categorical(group: Any, values: pd.Categorical) -> None:
 
 
 def _write_nullable(group: Any, values: Any) -> None:
-    kind = "boolean" if values.dtype.kind == "b" else {"i": "integer", "u": "integer"}.get(values.dtype.kind)
-    if kind is None:
-        raise TypeError(f"nullable column of type {values.dtype}")
+    kind = "boolean" if values.dtype.kind == "b" else "integer"
     group.attrs.update({"encoding-type": f"nullable-{kind}", "encoding-version": "0.1.0"})
     mask = np.asarray(values.isna())
     write_plain(group, "values", values.to_numpy(values.dtype.numpy_dtype, na_value=0), CHUNK, "array")

@@ -132,6 +132,27 @@ def test_names_and_columns_are_the_atlas(made):
     assert "300 cells x 60 genes" in repr(found)
 
 
+def test_columns_that_cannot_be_written_are_left_out_or_refused_by_name(made, tmp_path, caplog, monkeypatch):
+    model, _ = made
+    adata = make_adata()
+    adata.obs["day"] = pd.Timestamp("2024-01-01")
+    adata.obs["mixed"] = pd.Series([1, "a"] * (adata.n_obs // 2), adata.obs_names, dtype=object)
+    adata.obs["score"] = pd.array([0.5] * adata.n_obs, dtype="Float64")
+    adata.obs["depth"] = pd.cut(np.arange(adata.n_obs), 3)
+    publish(model, adata, tmp_path / "most.atlasvi")
+    kept = [key for key in adata.obs if key not in ("day", "mixed", "score")]
+    assert list(open_compact(tmp_path / "most.atlasvi").obs) == kept
+    report = atlasvi.ingest(adata, tmp_path / "atlas.zarr")
+    assert len(report.left_out) == 3
+    assert caplog.messages == [f"publish: left out: {left}" for left in report.left_out]
+    obs = zarr.open_group(tmp_path / "atlas.zarr", mode="r")["obs"]
+    assert sorted(obs) == sorted([*kept, "_index", "input"])  # and nothing half-written
+    monkeypatch.setattr(model, "encode", None)
+    with pytest.raises(ObsError, match=r"obs\['day'\] of AnnData cannot be published: .*datetime64"):
+        publish(model, adata, tmp_path / "new.atlasvi", obs=["batch", "day"])
+    assert not (tmp_path / "new.atlasvi").exists()
+
+
 def test_only_the_columns_asked_for_are_published(made, tmp_path):
     publish(made[0], None, tmp_path / "few.atlasvi", obs=["donor"])
     assert list(open_compact(tmp_path / "few.atlasvi").obs.columns) == ["donor"]
