@@ -22,7 +22,7 @@ from atlasvi.models.data import library_moments
 from atlasvi.models.frozen import Freeze
 from atlasvi.nn.layers import InputLinear
 from atlasvi.store.atlas import as_atlas
-from atlasvi.store.fields import level_codes
+from atlasvi.store.fields import gene_positions, level_codes
 from atlasvi.types import FieldMap
 
 if TYPE_CHECKING:
@@ -114,22 +114,23 @@ def prepare_query(adata: anndata.AnnData, reference: Any) -> anndata.AnnData:
     """The query with the reference's genes in their order, those that it lacks as zeros.
 
     Args:
-        adata: counts by cells and genes, in memory.
+        adata: counts by cells and genes, in memory. What there is of cells is kept, and uns.
         reference: a model, or its folder.
 
     Raises:
-        GenesError: no gene is shared.
-        OptionError: counts in ``raw``.
+        GenesError: no gene is shared, or one stands twice.
+        OptionError: counts in ``raw``, or that are not in memory.
     """
     import anndata
     import scipy.sparse as sp
 
+    _must_be_in_memory(adata)
     if isinstance(reference, str | Path):
         reference = load(reference)
     names = reference.fields.var_names
     if reference.fields.layer == "raw":
         raise OptionError("the reference takes counts from raw, which cannot be filled; put them into X")
-    at = adata.var_names.get_indexer(list(names))
+    at = gene_positions(names, adata.var_names, "the query")
     share = float((at >= 0).mean())
     if share == 0:
         raise GenesError(
@@ -148,12 +149,32 @@ def prepare_query(adata: anndata.AnnData, reference: Any) -> anndata.AnnData:
     )
 
     def moved(matrix: Any) -> Any:
+        if matrix is None:
+            return None
         counts = sp.csr_matrix(matrix)
         return (counts @ place.astype(counts.dtype)).tocsr()
 
-    var = adata.var.reindex(list(names))
+    var = adata.var.iloc[at[here]].reindex(list(names))
     layers = {key: moved(value) for key, value in adata.layers.items()}
-    return anndata.AnnData(moved(adata.X), adata.obs.copy(), var, adata.uns.copy(), layers=layers)
+    obsm, obsp = ({key: value.copy() for key, value in part.items()} for part in (adata.obsm, adata.obsp))
+    return anndata.AnnData(
+        moved(adata.X), adata.obs.copy(), var, adata.uns.copy(), layers=layers, obsm=obsm, obsp=obsp
+    )
+
+
+def _must_be_in_memory(adata: Any) -> None:
+    import anndata
+    import scipy.sparse as sp
+
+    if isinstance(adata, anndata.AnnData):
+        matrices = [adata.X, *adata.layers.values()]
+        if all(x is None or isinstance(x, np.ndarray) or sp.issparse(x) for x in matrices):
+            return
+    raise OptionError(
+        f"prepare_query_anndata takes an AnnData in memory, and was given a {type(adata).__name__} that is "
+        "not; pass query.to_memory(), or atlas.to_anndata() of an Atlas; a query that has all genes of the "
+        "reference needs no preparing: give it to load_query_data"
+    )
 
 
 __all__ = ["map_query", "prepare_query"]

@@ -519,12 +519,15 @@ class SCVI(CountModel[SCVIConfig, SCVIModule]):
     def prepare_query_anndata(adata: anndata.AnnData, reference_model: SCVI | str | Path) -> anndata.AnnData:
         """A copy of the query with the reference's genes in their order; genes that it lacks are zero.
 
+        Layers, obs, obsm, obsp, uns and var of the shared genes are kept; varm, varp and raw are not.
+
         Args:
             adata: counts in memory.
             reference_model: a model, or its folder.
 
         Raises:
-            GenesError: no gene is shared.
+            GenesError: no gene is shared, or one that the reference has stands twice.
+            OptionError: counts that are not in memory, or an `Atlas`.
         """
         from atlasvi.models.query import prepare_query
 

@@ -146,26 +146,39 @@ def match_genes(names: Sequence[str], atlas: Atlas) -> NDArray[np.int64]:
     Raises:
         GenesError: genes that the atlas lacks, or has twice.
     """
-    have = pd.Index(atlas.var_names.astype(object))
-    want = pd.Index(list(names), dtype=object)
-    if have.equals(want) and have.is_unique:
-        return np.arange(len(have), dtype=np.int64)
-    if not have.is_unique:
-        twice = have[have.duplicated()].unique().intersection(want)
-        if len(twice):
-            raise GenesError(
-                f"{atlas.name} has {_some(twice)} more than once, so they cannot be matched by name; "
-                "make gene names unique: adata.var_names_make_unique()"
-            )
-        have = have.where(~have.duplicated(), None)
-    columns: NDArray[np.int64] = np.asarray(have.get_indexer(want), np.int64)
-    missing = want[columns < 0]
-    if len(missing):
+    columns = gene_positions(names, atlas.var_names.astype(object), atlas.name)
+    missing = [names[i] for i in np.flatnonzero(columns < 0).tolist()]
+    if missing:
         raise GenesError(
-            f"{atlas.name} lacks {len(missing)} of the model's {len(want)} genes: {_some(missing)}; "
+            f"{atlas.name} lacks {len(missing)} of the model's {len(names)} genes: {_some(missing)}; "
             "give data with all of them, under the same names"
         )
     return columns
+
+
+def gene_positions(names: Sequence[str], var_names: Any, whose: str) -> NDArray[np.int64]:
+    """Where each gene stands among the names of some data, or -1.
+
+    Args:
+        names: of the model's genes.
+        var_names: of the data.
+        whose: what the data are called.
+
+    Raises:
+        GenesError: genes of the model that stand there twice.
+    """
+    have, want = pd.Index(var_names, dtype=object), pd.Index(list(names), dtype=object)
+    is_repeat = have.duplicated()
+    twice = have[is_repeat].unique().intersection(want)
+    if len(twice):
+        raise GenesError(
+            f"{whose} has {_some(twice)} more than once, so they cannot be matched by name; "
+            "make gene names unique: adata.var_names_make_unique()"
+        )
+    # What is not found is the last of these.
+    columns = np.append(np.flatnonzero(~is_repeat), -1)
+    found: NDArray[np.int64] = columns[have[~is_repeat].get_indexer(want)]
+    return found
 
 
 def level_codes(atlas: Atlas, key: str | None) -> tuple[NDArray[Any], tuple[str, ...]]:
@@ -401,6 +414,7 @@ __all__ = [
     "as_level",
     "codes_of_known",
     "from_uns",
+    "gene_positions",
     "level_codes",
     "match_genes",
     "register",

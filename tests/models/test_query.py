@@ -6,10 +6,11 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from atlasvi.errors import GenesError, ModelError, NotTrainedError, ObsError
+from atlasvi.errors import GenesError, ModelError, NotTrainedError, ObsError, OptionError
 from atlasvi.models.ldvae import LinearSCVI
 from atlasvi.models.scanvi import SCANVI
 from atlasvi.models.scvi import SCVI
+from atlasvi.store.atlas import Atlas
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -198,6 +199,55 @@ def test_genes_are_put_into_place_and_missing_ones_are_zero(adata, query):
     other = anndata.AnnData(query.X)
     with pytest.raises(GenesError, match="none of the reference's 60 genes"):
         SCVI.prepare_query_anndata(other, reference)
+
+
+def test_what_a_prepared_query_has_of_its_cells_is_kept(adata, query):
+    reference = make_reference(adata)
+    query.obsm["X_umap"] = np.arange(600.0).reshape(300, 2)
+    query.obsm["table"] = query.obs[["age"]]
+    query.obsp["near"] = sp.eye(300, format="csr")
+    query.uns["note"], query.layers["dense"] = "mine", query.X.toarray()
+    query.var["symbol"] = "x"
+    prepared = SCVI.prepare_query_anndata(query[:, 1:], reference)
+    assert prepared.obs.equals(query.obs)
+    np.testing.assert_array_equal(prepared.obsm["X_umap"], query.obsm["X_umap"])
+    assert prepared.obsm["table"].equals(query.obsm["table"])
+    assert (prepared.obsp["near"] != query.obsp["near"]).nnz == 0
+    assert prepared.uns["note"] == "mine"
+    assert prepared.var["symbol"].isna().tolist() == [True] + [False] * 59
+    np.testing.assert_array_equal(prepared.layers["dense"].toarray()[:, 1:], query.layers["dense"][:, 1:])
+    prepared.obsm["X_umap"][:] = 0
+    assert query.obsm["X_umap"].any()
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_genes_that_repeat_are_named_where_the_reference_has_them(adata, query):
+    reference = make_reference(adata)
+    twice = anndata.concat([query, query[:, [5]]], axis=1, merge="first")
+    for take in (SCVI.prepare_query_anndata, SCVI.load_query_data):
+        with pytest.raises(GenesError, match="has 'gene-5' more than once"):
+            take(twice, reference)
+    others = query[:, [0, 0, 0, 1, 1]].copy()
+    others.var_names = ["u", "u", "u", "v", "v"]
+    more = anndata.concat([others, query], axis=1, merge="first")
+    prepared = SCVI.prepare_query_anndata(more, reference)
+    assert (prepared.X != query.X).nnz == 0
+    mapped = SCVI.load_query_data(more, reference)
+    np.testing.assert_array_equal(
+        mapped.get_latent_representation(), mapped.get_latent_representation(prepared)
+    )
+
+
+def test_a_query_that_is_not_in_memory_is_refused(adata, query, tmp_path):
+    reference = make_reference(adata)
+    query.write_h5ad(tmp_path / "query.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "query.h5ad", backed="r")
+    for what in (backed, Atlas.from_anndata(query), tmp_path / "query.h5ad"):
+        with pytest.raises(OptionError, match=r"that is not; pass query\.to_memory"):
+            SCVI.prepare_query_anndata(what, reference)
+    prepared = SCVI.prepare_query_anndata(backed.to_memory(), reference)
+    assert (prepared.X != query.X).nnz == 0
+    backed.file.close()
 
 
 def test_what_cannot_be_is_refused(adata, query):
