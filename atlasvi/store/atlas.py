@@ -210,9 +210,9 @@ class Atlas:
 
     @property
     def paths(self) -> list[Path]:
-        """The folders of all stores on disk that are read: this one's, or those of the atlases joined."""
+        """The stores on disk that it reads: one, those opened as one, or none."""
         if isinstance(self._source, JoinedSource):
-            return [path for part in self._source.atlases for path in part.paths]
+            return [path for part, _, _ in self._source.parts for path in part.paths]
         return [] if self._path is None else [self._path]
 
     @property

@@ -69,8 +69,8 @@ class Place:
             path = source.name if source.path is None else os.path.abspath(source.path)
             return cls(path, source.layer)
         raise OptionError(
-            f"{source.name!r} {source.place} is in the memory of this process, or put into rows by it: no "
-            "other can read it, on a cluster or from a pickle; make a store of it, without a client: "
+            f"{source.name!r} {source.place} is in the memory of this process, or chosen or put into rows by "
+            "it: no other can read it, on a cluster or from a pickle; make a store of it, without a client: "
             "atlasvi.ingest(..., 'atlas.zarr'), and keep a model by its save()"
         )
 

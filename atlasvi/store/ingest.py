@@ -27,12 +27,14 @@ import zarr
 from atlasvi.errors import NotAnAtlasError, OptionError, StoreError
 from atlasvi.memory import as_bytes
 from atlasvi.store.append import DEFAULT_INPUT_KEY, Growth
+from atlasvi.store.atlas import Atlas
 from atlasvi.store.base import Source
 from atlasvi.store.carry import Carrier
 from atlasvi.store.cells import Cells, input_names
 from atlasvi.store.cluster import count_readers
 from atlasvi.store.convert import Conversion, Effort
 from atlasvi.store.genes import GeneJoin, Join, join_genes
+from atlasvi.store.joined import AtlasSource
 from atlasvi.store.metadata import consolidate, only_writer, sync
 from atlasvi.store.sources import FORMAT, open_source
 from atlasvi.store.space import naming_a_full_disk
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 4
 
-Input: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Source
+Input: TypeAlias = str | os.PathLike[str] | anndata.AnnData | Atlas | Source
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def ingest(
 
     Args:
         inputs: one or many of: AnnData ``.h5ad`` or ``.zarr``, 10x ``.h5``, a folder with ``matrix.mtx``,
-            an AnnData, a `Source`. A mapping names them; else they are named after their files.
+            an AnnData, an `Atlas` (a view of one, such as of cells that pass a filter, or several as one), a
+            `Source`. A mapping names them; else they are named after their files.
         out: folder to write, such as ``atlas.zarr``.
         layer: where the counts are: ``None`` for ``X``, the name of a layer, or ``"raw"`` for ``raw.X``.
         join: keep the genes that all inputs have (``"inner"``, the default) or all genes (``"outer"``, absent
@@ -341,13 +344,14 @@ def _open_all(inputs: Any, layer: str | None, scratch: Path) -> tuple[list[Sourc
     else:
         single = isinstance(inputs, (str, os.PathLike, anndata.AnnData)) or hasattr(inputs, "read_rows")
         items = [inputs] if single else list(inputs)
-        names = input_names(items)
+        names = input_names([(i.path or i) if isinstance(i, Atlas) else i for i in items])
     if not items:
         raise OptionError("there is nothing to ingest; give at least one input")
     sources: list[Source] = []
     try:
         for item in items:
-            what = Path(item) if isinstance(item, os.PathLike) else item
+            what = AtlasSource(item) if isinstance(item, Atlas) else item
+            what = Path(item) if isinstance(item, os.PathLike) else what
             sources.append(open_source(what, layer, scratch=scratch))
     except BaseException:
         for source in sources:
@@ -376,6 +380,7 @@ def _check_out(out: Path, overwrite: bool, append: bool, inputs: Any) -> None:
     items = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
     items = [items] if isinstance(items, (str, os.PathLike)) or not isinstance(items, Sequence) else items
     paths = [Path(item) for item in items if isinstance(item, (str, os.PathLike))]
+    paths += [path for item in items if isinstance(item, Atlas) for path in item.paths]
     if any(path.exists() and path.samefile(out) for path in paths):
         raise StoreError(f"{str(out)!r} is one of the inputs; write to another name")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from atlasvi_kernels import CSR
 from numpy.typing import NDArray
 
-from atlasvi.errors import ObsError
+from atlasvi.errors import ObsError, OptionError
 from atlasvi.store.base import STRING, Extras, Source
 from atlasvi.store.cells import Cells
 from atlasvi.store.genes import Join, join_genes
@@ -58,9 +59,9 @@ class JoinedSource(Source):
         *,
         make_unique: bool,
     ) -> None:
-        self.atlases = parts
+        self._atlases = parts
         self._how = names, join, var_key, input_key, make_unique
-        self._sources: list[Source] = [_Part(part) for part in parts]
+        self._sources: list[Source] = [AtlasSource(part) for part in parts]
         self._owned, self._input_key = owned, input_key
         self._genes = join_genes(self._sources, join, var_key, make_unique)
         self._cells = _cells(self._sources, names, make_unique=make_unique)
@@ -76,7 +77,7 @@ class JoinedSource(Source):
         """By its parts, which another process opens anew and joins again."""
         names, join, var_key, input_key, make_unique = self._how
         again = partial(JoinedSource, make_unique=make_unique)
-        return again, (self.atlases, names, self.atlases, join, var_key, input_key)
+        return again, (self._atlases, names, self._atlases, join, var_key, input_key)
 
     def _choose_columns(self, names: list[str]) -> None:
         of_each = [source.obs_keys for source in self._sources]
@@ -109,7 +110,7 @@ class JoinedSource(Source):
             None if straight else column_of
             for straight, column_of in zip(self._is_straight, self._genes.column_of, strict=True)
         ]
-        return list(zip(self.atlases, self._cells.offsets[:-1].tolist(), columns, strict=True))
+        return list(zip(self._atlases, self._cells.offsets[:-1].tolist(), columns, strict=True))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -162,12 +163,12 @@ class JoinedSource(Source):
 
     def extras(self) -> Extras:
         """The arrays of obsm that all parts have in one width."""
-        keys = self.atlases[0].obsm_keys
-        found = {key: _Stacked(key, self.atlases, self._cells) for key in keys if self._all_have(key)}
+        keys = self._atlases[0].obsm_keys
+        found = {key: _Stacked(key, self._atlases, self._cells) for key in keys if self._all_have(key)}
         return Extras(obsm={key: stacked for key, stacked in found.items() if stacked.shape is not None})
 
     def _all_have(self, key: str) -> bool:
-        return all(key in atlas.obsm_keys for atlas in self.atlases)
+        return all(key in atlas.obsm_keys for atlas in self._atlases)
 
     def read_rows(self, start: int, stop: int) -> CSR:
         """Rows ``start`` to ``stop``, which may be of several parts."""
@@ -208,16 +209,34 @@ class _Stacked:
         return out
 
 
-class _Part(Source):
-    """An atlas, or a view of one."""
+class _Rows:
+    """An array of obsm, of the cells of a view."""
+
+    def __init__(self, atlas: Atlas, key: str) -> None:
+        self._atlas, self._key = atlas, key
+        none = atlas.read_obsm(key, 0, 0)
+        self.dtype, self.shape = none.dtype, (atlas.n_obs, *none.shape[1:])
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._atlas.read_obsm(self._key, start, stop)
+
+
+class AtlasSource(Source):
+    """An atlas, or a view of one: its cells and genes in its order. It stays open when this is closed."""
 
     def __init__(self, atlas: Atlas) -> None:
-        self._atlas = atlas
+        self._atlas, self.layer = atlas, atlas.layer
 
     @property
     def name(self) -> str:
         """The atlas's."""
         return self._atlas.name
+
+    @property
+    def place(self) -> str:
+        """Which matrix."""
+        return self._atlas._source.place
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -260,6 +279,35 @@ class _Part(Source):
         """Rows ``start`` to ``stop``."""
         return self._atlas.read_rows(slice(start, stop))
 
+    @cached_property
+    def indptr(self) -> NDArray[np.int64] | None:
+        """Offsets of the rows, where all genes of a store are taken."""
+        offsets, rows = self._atlas._source.indptr, self._atlas._rows
+        if offsets is None or self._atlas._columns is not None:
+            return None
+        return offsets if rows is None else np.append(0, np.cumsum(np.diff(offsets)[rows]))
+
+    def extras(self) -> Extras:
+        """What the store has besides."""
+        found = self._atlas._source.extras()
+        return replace(found, obsm={key: _Rows(self._atlas, key) for key in found.obsm})
+
+    def obsm_frame(self, key: str) -> Any:
+        """One table of obsm."""
+        table, rows = self._atlas._source.obsm_frame(key), self._atlas._rows
+        return table if rows is None else table.iloc[rows]
+
+    def other(self, layer: str | None) -> Source:
+        """None: an atlas was opened with the counts that it has.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            f"the atlas {self.name!r} has its counts from {self.place}, and layer={layer!r} was asked for; "
+            "open it with that layer, and leave layer out here"
+        )
+
 
 def _cells(sources: list[Source], names: list[str], *, make_unique: bool) -> Cells:
     """The cells of the parts, after a look at their names, whose hashes lie in files meanwhile."""
@@ -278,4 +326,4 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= _MAX_NAMED else f"{shown} + {len(names) - _MAX_NAMED} more"
 
 
-__all__ = ["JoinedSource"]
+__all__ = ["AtlasSource", "JoinedSource"]
