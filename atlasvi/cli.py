@@ -122,6 +122,7 @@ def info(
     from rich.table import Table
 
     from atlasvi.errors import OptionError
+    from atlasvi.models import class_of
     from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, read_description
 
     if batch_key is not None and not stats:
@@ -143,9 +144,11 @@ def info(
             table.add_row(key, str(value))
         table.add_row("epochs", str(len(records)))
         if records:
-            table.add_row("-ELBO, training", f"{records[-1]['elbo_train']:,.1f} nats a cell")
+            loss = class_of(path).loss_name
+            unit = "a cell" if loss == "squared error" else "nats a cell"
+            table.add_row(f"{loss}, training", f"{records[-1]['elbo_train']:,.1f} {unit}")
             if records[-1]["elbo_validation"] is not None:
-                table.add_row("-ELBO, validation", f"{records[-1]['elbo_validation']:,.1f} nats a cell")
+                table.add_row(f"{loss}, validation", f"{records[-1]['elbo_validation']:,.1f} {unit}")
         console.print(table)
         return
 
@@ -343,6 +346,7 @@ def latent(
     from atlasvi.progress import bar
 
     trained = load(model, _open(atlases))
+    trained._must_encode()
     with bar("latent", trained.atlas.n_obs, "cells") as advance:
         write_latent(trained.latent_blocks(), trained.atlas, trained.config.n_latent, out, key, advance)
     where = out or ", ".join(atlases)

@@ -518,6 +518,36 @@ def test_labels_as_a_table(name, labelled, made, tmp_path, monkeypatch):
     assert 0 < sure.sum()
 
 
+def test_a_model_without_latents_is_asked_for_none(labelled, made, error_of):
+    folder, _ = made
+    before = snapshot(folder)
+    assert "ACTINN has no latent" in error_of("latent", labelled / "actinn", folder / "atlas.zarr")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "unit"),
+    [
+        ("ACTINN", "cross-entropy", "nats a cell"),
+        ("DCA", "-log-likelihood", "nats a cell"),
+        ("PCA", "squared error", "a cell"),
+    ],
+)
+def test_a_loss_is_called_what_it_is(name, loss, unit, made, tmp_path, run_here, capsys):
+    import atlasvi as package
+
+    atlas, kind = package.open(made[0] / "atlas.zarr"), getattr(package, name)
+    kind.setup_anndata(atlas, labels_key="cell_type", gene_mask=None)
+    model = kind(atlas, **({} if name == "ACTINN" else {"n_latent": 3}))
+    model.train(2)
+    assert "-ELBO" not in capsys.readouterr().err
+    model.save(tmp_path / "model")
+    run_here("info", "model", cwd=tmp_path)
+    said = capsys.readouterr().out
+    assert "-ELBO" not in said
+    assert re.search(rf"{loss}, training +[\d,.]+ {unit}", said)
+
+
 def test_labels_that_cannot_be_are_refused(labelled, made, error_of, tmp_path):
     folder, _ = made
     out = tmp_path / "labels.csv"

@@ -43,6 +43,20 @@ def by_name(name: str) -> Any:
     raise OptionError(f"model {name!r} is not known; choose one of {', '.join(_WHERE).lower()}")
 
 
+def class_of(path: Path) -> Any:
+    """The class of the model that a folder holds.
+
+    Raises:
+        ModelError: the folder is not a model's.
+    """
+    from atlasvi.models.folder import read_description
+
+    name = read_description(path).get("model")
+    if name not in _WHERE:
+        raise ModelError(f"{str(path)!r} is a {name}, which this atlasvi does not know; upgrade it")
+    return by_name(name)
+
+
 def load(path: str | Path, adata: Data | None = None) -> Any:
     """Read a model of whatever class that `save` wrote; no code of the folder is run.
 
@@ -54,12 +68,7 @@ def load(path: str | Path, adata: Data | None = None) -> Any:
         ModelError: the folder is not a model's.
         VersionError: it was written by a newer atlasvi.
     """
-    from atlasvi.models.folder import read_description
-
-    name = read_description(Path(path)).get("model")
-    if name not in _WHERE:
-        raise ModelError(f"{str(path)!r} is a {name}, which this atlasvi does not know; upgrade it")
-    return by_name(name).load(path, adata)
+    return class_of(Path(path)).load(path, adata)
 
 
-__all__ = ["by_name", "load"]
+__all__ = ["by_name", "class_of", "load"]

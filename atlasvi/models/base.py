@@ -222,7 +222,7 @@ class CountModel(Answers[Config, Module]):
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
-                advance(done, f"epoch {epoch + 1}/{max_epochs}  -ELBO {elbo:,.1f}")
+                advance(done, f"epoch {epoch + 1}/{max_epochs}  {self.loss_name} {elbo:,.1f}")
 
             def after_epoch(record: EpochRecord) -> None:
                 # Kept as they come: a run that is interrupted in a notebook leaves a model to look at.
