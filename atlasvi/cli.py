@@ -577,24 +577,52 @@ def de(
         if path is not None:
             _check_place(path, overwrite)
     trained = load(model, _open(atlases))
+    _can_draw(trained.atlas, groupby, group, versus, volcano, heat_map)
     found = trained.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
         batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
         n_samples_overall=n_samples, seed=seed,
     )  # fmt: skip
+    charts = _charts(found, volcano, heat_map)
     found.to_csv(out, sep=separator, index_label="gene")
-    _draw(found, volcano, heat_map)
+    for path, chart in charts.items():
+        path.write_text(chart)
     called = found[next(column for column in found if column.startswith("is_de_"))]
     typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")
 
 
-def _draw(found: Any, volcano: Path | None, heat_map: Path | None) -> None:
-    """Charts of a table of differential expression, as files of their own."""
+def _can_draw(
+    atlas: Atlas,
+    groupby: str | None,
+    group: list[str] | None,
+    versus: str | None,
+    volcano: Path | None,
+    heat_map: Path | None,
+) -> None:
+    """Make sure that what is compared can be drawn, before it is."""
+    from atlasvi.de.groups import groups_by_label
+    from atlasvi.errors import OptionError
+
+    if groupby is None:
+        if heat_map is not None:
+            raise OptionError("--heat-map shows groups by name: pass --groupby, or leave --heat-map out")
+        return
+    if volcano is not None:
+        groups = groups_by_label(atlas, groupby, group, versus)
+        names = [groups.names[one] for one, _ in groups.comparisons]
+        if len(names) > 1:
+            raise OptionError(
+                f"--volcano draws one comparison, and there are {len(names)}, of {_names(names)}; choose "
+                f"one: --group {names[0]!r}, or leave --volcano out"
+            )
+
+
+def _charts(found: Any, volcano: Path | None, heat_map: Path | None) -> dict[Path, str]:
+    """Charts of a table of differential expression, each for a file of its own."""
     from atlasvi import plots
 
-    for path, draw in ((volcano, plots.volcano), (heat_map, plots.marker_heat_map)):
-        if path is not None:
-            path.write_text(plots.as_file(draw(found)))
+    wanted = ((volcano, plots.volcano), (heat_map, plots.marker_heat_map))
+    return {path: plots.as_file(draw(found)) for path, draw in wanted if path is not None}
 
 
 @app.command()

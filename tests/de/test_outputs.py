@@ -171,10 +171,12 @@ def test_the_command_writes_what_the_method_says(model, places, names):
         (["-o", "no/x.csv", "--groupby", "cell_type"], "there is no folder"),
         (["-o", "x.csv", "--groupby", "cell_type", "--group", "TT"], "no level 'TT'"),
         (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "model"], "there is a 'model' already"),
+        (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "x.svg"], "choose one: --group 'T'"),
+        (["-o", "x.csv", "--cells", "cell_type == 'T'", "--heat-map", "x.svg"], "pass --groupby"),
     ],
 )
 def test_the_command_refuses_in_one_line_and_writes_nothing(places, arguments, says):
     done = command(places, *arguments)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and says in done.stderr
-    assert not (places / "x.csv").exists()
+    assert not (places / "x.csv").exists() and not (places / "x.svg").exists()
