@@ -526,9 +526,12 @@ def serve(
 
 @app.command()
 def de(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    atlases: Atlases,
+    model: Annotated[Path, typer.Argument(help="A model folder, or a published atlas.")],
     out: Out,
+    atlases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ATLAS]...", help="The model's atlas; none with a published one."),
+    ] = None,
     groupby: Annotated[str | None, typer.Option(help="Column of obs with the groups.")] = None,
     group: Annotated[
         list[str] | None,
@@ -554,6 +557,9 @@ def de(
         str, typer.Option(help="'vanilla' (Bayes factors) or 'change' (fold changes).")
     ] = "vanilla",
     delta: Annotated[float, typer.Option(help="With 'change': log2 fold change that counts.")] = 0.25,
+    pseudocounts: Annotated[
+        float | None, typer.Option(help="With 'change': added to rho; default from the counts.")
+    ] = None,
     fdr_target: Annotated[float, typer.Option(help="With 'change': expected share of false calls.")] = 0.05,
     estimator: Annotated[str, typer.Option(help="With 'vanilla': 'pooled' or 'paper'.")] = "pooled",
     batch_correction: Annotated[
@@ -570,18 +576,28 @@ def de(
 
     Example: atlasvi de model atlas.zarr -o markers.csv --groupby cell_type
     """
+    from atlasvi.errors import OptionError
+    from atlasvi.infer.compact import INDEX
     from atlasvi.models import load
+    from atlasvi.models.compact import open_compact
 
     separator = _separator_of(out, overwrite)
     for path in (volcano, heat_map):
         if path is not None:
             _check_place(path, overwrite)
-    trained = load(model, _open(atlases))
-    _can_draw(trained.atlas, groupby, group, versus, volcano, heat_map)
-    found = trained.differential_expression(
+    if (model / INDEX).is_file():
+        if atlases:
+            raise OptionError(f"{str(model)!r} is a published atlas, which needs no counts: name no other")
+        asked: Any = open_compact(model)
+    elif atlases:
+        asked = load(model, _open(atlases))
+    else:
+        raise OptionError(f"name the atlas whose cells are compared by the model {str(model)!r}")
+    _can_draw(asked.atlas, groupby, group, versus, volcano, heat_map)
+    found = asked.differential_expression(
         groupby=groupby, group1=group, group2=versus, idx1=cells, idx2=versus_cells, mode=mode, delta=delta,
-        batch_correction=batch_correction, fdr_target=fdr_target, estimator=estimator,
-        n_samples_overall=n_samples, seed=seed,
+        pseudocounts=pseudocounts, batch_correction=batch_correction, fdr_target=fdr_target,
+        estimator=estimator, n_samples_overall=n_samples, seed=seed,
     )  # fmt: skip
     charts = _charts(found, volcano, heat_map)
     found.to_csv(out, sep=separator, index_label="gene")

@@ -83,6 +83,11 @@ class CompactAtlas:
         return frame
 
     @property
+    def atlas(self) -> Atlas:
+        """Names of the cells and their columns, as an `Atlas` that has no counts to read."""
+        return Atlas(PublishedCells(self.path))
+
+    @property
     def var_names(self) -> tuple[str, ...]:
         """Names of the genes."""
         return self.model.fields.var_names
@@ -175,10 +180,10 @@ class CompactAtlas:
             >>> len(found)
             30
         """
-        known = Atlas(PublishedCells(self.path))
         return self.model.differential_expression(
-            known, groupby, group1, group2, idx1, idx2, encoded=self.cells, **{"all_stats": False, **options}
-        )
+            self.atlas, groupby, group1, group2, idx1, idx2, encoded=self.cells,
+            **{"all_stats": False, **options},
+        )  # fmt: skip
 
 
 def publish(

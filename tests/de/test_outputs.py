@@ -138,9 +138,9 @@ def places(model, tmp_path_factory):
     return folder
 
 
-def command(places, *arguments):
+def command(places, *arguments, of=("model", "atlas.zarr")):
     return subprocess.run(
-        [sys.executable, "-m", "atlasvi.cli", "de", "model", "atlas.zarr", *arguments],
+        [sys.executable, "-m", "atlasvi.cli", "de", *of, *arguments],
         cwd=places, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -161,6 +161,21 @@ def test_the_command_writes_what_the_method_says(model, places, names):
     np.testing.assert_allclose(table.loc[own.index, "proba_m1"], own["proba_m1"], atol=4e-3)
     assert "<svg" in (places / "v.svg").read_text()
     assert "of 60 genes called" in done.stdout
+
+
+def test_the_command_compares_groups_of_a_published_atlas(model, places):
+    atlasvi.publish(model, places / "atlas.zarr", places / "my.atlasvi", dtype="float32", overwrite=True)
+    how = ("--groupby", "cell_type", "--group", "T", "--n-samples", "600", "--overwrite")
+    done = command(places, "-o", "p.csv", *how, of=["my.atlasvi"])
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(places / "p.csv", index_col="gene")
+    own = model.differential_expression(
+        places / "atlas.zarr", "cell_type", "T", n_samples_overall=600, all_stats=False, silent=True
+    )
+    np.testing.assert_allclose(table.loc[own.index, "proba_m1"], own["proba_m1"], atol=4e-3)
+    for of, says in ((["my.atlasvi", "atlas.zarr"], "needs no counts"), (["model"], "name the atlas")):
+        refused = command(places, "-o", "x.csv", *how, of=of)
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and says in refused.stderr
 
 
 @pytest.mark.parametrize(
