@@ -121,9 +121,11 @@ def as_bytes(memory_budget: int | str) -> int:
     from dask.utils import parse_bytes  # not on import: it takes longer than all of this module
 
     try:
-        # Dask takes a unit alone, or nothing, for one of it.
-        is_number = not isinstance(memory_budget, str) or any(map(str.isdigit, memory_budget))
-        n_bytes = int(parse_bytes(memory_budget)) if is_number else 0
+        if not isinstance(memory_budget, str):
+            n_bytes = int(memory_budget)
+        else:
+            # Dask takes a unit alone, or nothing, for one of it.
+            n_bytes = int(parse_bytes(memory_budget)) if any(map(str.isdigit, memory_budget)) else 0
     except (TypeError, ValueError):
         n_bytes = 0
     if n_bytes < 1:

@@ -167,7 +167,7 @@ def ingest(
     else:
         kind, place, work = _Job, out, out.with_name(f".{out.name}.ingest")
     job = kind(
-        place, work, layer, join, var_key, seed if shuffle else None, input_key, make_unique,
+        place, work, layer, join, var_key, int(seed) if shuffle else None, input_key, make_unique,
         Effort(threads, as_bytes(memory_budget), progress, client),
     )  # fmt: skip
     with only_writer(place) if append else nullcontext():

@@ -98,6 +98,13 @@ def test_several_views_are_inputs_like_others(stores, tmp_path):
     assert found.obs_names[-50:].tolist() == [f"a{i}" for i in range(20, 70)]
 
 
+def test_seed_and_budget_may_be_numbers_of_numpys(stores, tmp_path):
+    how = {"shuffle": True, "seed": np.int64(3), "memory_budget": np.int64(1 << 20)}
+    ingest(atlasvi.open(stores[0]), tmp_path / "new.zarr", **how)
+    with atlasvi.open(tmp_path / "new.zarr") as atlas:
+        assert atlas.lies_at_random()
+
+
 def test_a_store_that_is_read_from_is_not_written_to(stores):
     one, several = atlasvi.open(stores[0]), atlasvi.open(stores)
     before = {file: file.read_bytes() for file in stores[0].rglob("*") if file.is_file()}
