@@ -262,10 +262,12 @@ class _Chunks:
 def chunk_of(array: da.Array, index: int) -> NDArray[np.float32]:
     """A chunk of rows of a lazy cells x genes array, computed here and now; ``compute`` would copy it."""
     import dask
+    from dask.optimization import cull
 
-    chunk = array.blocks[index]
-    ((key,),) = chunk.__dask_keys__()
-    found: NDArray[np.float32] = dask.get(chunk.__dask_graph__(), key)  # type: ignore[attr-defined]
+    key = (array.name, index, 0)
+    # Of all chunks' tasks this one's alone: to look at all of them for each chunk takes longer than decoding.
+    tasks, _ = cull(array.__dask_graph__(), [key])
+    found: NDArray[np.float32] = dask.get(tasks, key)  # type: ignore[attr-defined]
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 
 from atlasvi.errors import GenesError, ModelError, ObsError, OptionError
 from atlasvi.infer import decode as decode_module
+from atlasvi.infer.decode import chunk_of
 from atlasvi.models.scvi import SCVI
 from atlasvi.store.atlas import Atlas
 
@@ -437,3 +438,14 @@ def test_decoding_holds_no_more_than_a_few_chunks(adata, tmp_path, monkeypatch):
     with warnings.catch_warnings(), Watch(interval=0.001) as watch:
         write("rho.zarr")
     assert watch.peak_bytes - watch.before_bytes < n_obs * n_vars * 4 / 2
+
+
+def test_a_chunk_is_computed_without_a_look_at_the_tasks_of_the_others(model, monkeypatch):
+    monkeypatch.setattr("atlasvi.infer.decode.CHUNK_BYTES", 1)
+    rho = model.expression(genes=["gene-3"])
+    assert rho.npartitions > 3
+    seen, get = [], dask.get
+    monkeypatch.setattr(dask, "get", lambda tasks, key: seen.append(len(tasks)) or get(tasks, key))
+    found = [chunk_of(rho, i) for i in range(rho.npartitions)]
+    assert seen == [2] * rho.npartitions  # the chunk, and the model
+    np.testing.assert_array_equal(np.concatenate(found), rho.compute())
