@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, np.number | np.bool_):
         return value.item()
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
+
+
+def is_among(out: Path, paths: Iterable[Path]) -> bool:
+    """Whether a place is one of some that are there, by whatever name."""
+    return out.exists() and any(path.exists() and path.samefile(out) for path in paths)
 
 
 def settle(path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from .addresses import copy_bytes, pointer
 from .csr import CSR
-from .parallel import in_parallel, n_threads
+from .parallel import compiled, in_parallel, n_threads
 
 # Bytes of indices: a tenth of a millisecond of copying.
 _WORTH_A_THREAD = 1 << 19
@@ -112,14 +111,14 @@ class RowPool:
         self._addresses[slot] = [a.ctypes.data for a in kept]
 
 
-@numba.njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _count(addresses, slots, rows, out_indptr):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         indptr = carray(pointer(addresses[slots[i], 0]), (rows[i] + 2,), np.int64)
         out_indptr[i + 1] = out_indptr[i] + indptr[rows[i] + 1] - indptr[rows[i]]
 
 
-@numba.njit(error_model="numpy", nogil=True, cache=True)
+@compiled()
 def _copy(  # type: ignore[no-untyped-def]
     part, start, stop, addresses, slots, rows, out_indptr, indices, data, index_size, data_size
 ):

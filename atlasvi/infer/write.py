@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, OptionError, SpaceError, StoreError
-from atlasvi.files import replacing_folder
+from atlasvi.files import is_among, replacing_folder
 from atlasvi.infer.decode import chunk_of
 from atlasvi.progress import Advance
 from atlasvi.store.atlas import Atlas
@@ -121,7 +121,7 @@ def write_expression(
         StoreError: there is something already, or it is what is read.
         SpaceError: the disk is full; nothing is left behind.
     """
-    if out.exists() and any(path.exists() and path.samefile(out) for path in read):
+    if is_among(out, read):
         raise StoreError(f"{str(out)!r} is what is read from; name another place for the result")
     if out.exists() and not overwrite:
         raise StoreError(f"there is a {str(out)!r} already; pass --overwrite, or name another place")

@@ -17,7 +17,7 @@ from atlasvi.errors import OptionError
 from atlasvi.models.answers import Answers
 from atlasvi.models.arguments import cell_positions, checked_seed, choose_device, one_of, refuse
 from atlasvi.models.core import Config, Module
-from atlasvi.models.data import Data, gene_shares, split_cells
+from atlasvi.models.data import Data, gene_shares, split_cells, split_options
 from atlasvi.models.frozen import frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
@@ -152,10 +152,7 @@ class CountModel(Answers[Config, Module]):
         terms = ("elbo", "reconstruction_loss", "kl_local")
         monitors = [f"{term}_{part}" for term in terms for part in ("validation", "train")]
         one_of("early_stopping_monitor", early_stopping_monitor, monitors)
-        split: dict[str, Any] = {
-            "n_obs": atlas.n_obs, "train_size": 0.9 if train_size is None else train_size,
-            "validation_size": validation_size, "shuffle": shuffle_set_split, "seed": seed,
-        }  # fmt: skip
+        split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, held_out, _ = split_cells(**split)
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
@@ -197,7 +194,7 @@ class CountModel(Answers[Config, Module]):
             "plan": asdict(plan),
             "split": split,
             "cells": look(atlas[:, codes.gene_columns]),
-            "codes": look_at_codes(codes),
+            "codes": None if checkpoint is None else look_at_codes(codes),
             "freeze": None if self._freeze is None else asdict(self._freeze),
             "batch_size": batch_size,
             # The order of the cells, and when the rate falls, follow from these.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -57,6 +57,16 @@ def registered_as(atlas: Atlas, fields: FieldMap) -> Iterator[None]:
         atlas.registration = before
 
 
+def split_options(
+    n_obs: int, train_size: float | None, validation_size: float | None, shuffle: bool, seed: int
+) -> dict[str, Any]:
+    """The arguments of `split_cells` as a model keeps them, from those of ``train``."""
+    return {
+        "n_obs": n_obs, "train_size": 0.9 if train_size is None else train_size,
+        "validation_size": validation_size, "shuffle": shuffle, "seed": seed,
+    }  # fmt: skip
+
+
 def split_cells(
     n_obs: int, train_size: float, validation_size: float | None, shuffle: bool, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -104,4 +114,5 @@ __all__ = [
     "registered",
     "registered_as",
     "split_cells",
+    "split_options",
 ]

@@ -42,7 +42,7 @@ from torch import nn
 from atlasvi.errors import NotTrainedError, OptionError
 from atlasvi.models.arguments import checked_seed, one_of, refuse
 from atlasvi.models.base import CountModel
-from atlasvi.models.data import LibraryMoments, split_cells
+from atlasvi.models.data import LibraryMoments, split_cells, split_options
 from atlasvi.progress import bar
 from atlasvi.store.identity import look
 from atlasvi.stream import Epochs
@@ -311,10 +311,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
         if max_epochs is not None and max_epochs < 1:
             raise OptionError(f"max_epochs must be at least 1, is {max_epochs}")
         atlas, codes = self._data(None)
-        split: dict[str, Any] = {
-            "n_obs": atlas.n_obs, "train_size": 0.9 if train_size is None else train_size,
-            "validation_size": validation_size, "shuffle": shuffle_set_split, "seed": seed,
-        }  # fmt: skip
+        split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, _, _ = split_cells(**split)
         if self.config.n_latent >= min(self.fields.n_vars, len(training)):
             raise OptionError(

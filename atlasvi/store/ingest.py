@@ -25,6 +25,7 @@ import anndata
 import zarr
 
 from atlasvi.errors import NotAnAtlasError, OptionError, StoreError
+from atlasvi.files import is_among
 from atlasvi.memory import as_bytes
 from atlasvi.store.append import DEFAULT_INPUT_KEY, Growth
 from atlasvi.store.atlas import Atlas
@@ -381,7 +382,7 @@ def _check_out(out: Path, overwrite: bool, append: bool, inputs: Any) -> None:
     items = [items] if isinstance(items, (str, os.PathLike)) or not isinstance(items, Sequence) else items
     paths = [Path(item) for item in items if isinstance(item, (str, os.PathLike))]
     paths += [path for item in items if isinstance(item, Atlas) for path in item.paths]
-    if any(path.exists() and path.samefile(out) for path in paths):
+    if is_among(out, paths):
         raise StoreError(f"{str(out)!r} is one of the inputs; write to another name")
 
 

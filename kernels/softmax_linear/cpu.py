@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 
 from ..math_cpu import exp32, max32, vector_code
+from ..parallel import compiled
 
 # Sums in any order: else they are not vector code.
 _FLAGS = {"contract", "nsz", "nnan", "ninf", "reassoc"}
 _LOWEST = np.float32(-3.0e38)
 
 
-def _loop(function: Any) -> Any:
-    return numba.njit(fastmath=_FLAGS, error_model="numpy", nogil=True, cache=True)(function)
-
-
-@_loop
+@compiled(fastmath=_FLAGS)
 def normalise_rows(part, start, stop, logits, log_normaliser):  # type: ignore[no-untyped-def]
     """``log_normaliser[i] = log sum over genes of exp(logits[i])``."""
     vector_code()
@@ -34,7 +28,7 @@ def normalise_rows(part, start, stop, logits, log_normaliser):  # type: ignore[n
         log_normaliser[i] = top + np.log(total)
 
 
-@_loop
+@compiled(fastmath=_FLAGS)
 def softmax_rows(part, start, stop, logits, factor, out, add):  # type: ignore[no-untyped-def]
     """``out[i] (+)= factor[i] softmax(logits[i])``; ``logits`` is used up."""
     vector_code()
@@ -58,7 +52,7 @@ def softmax_rows(part, start, stop, logits, factor, out, add):  # type: ignore[n
                 target[g] = scale * row[g]
 
 
-@_loop
+@compiled(fastmath=_FLAGS)
 def softmax_rounded_rows(part, start, stop, bits, base, factor, out, add):  # type: ignore[no-untyped-def]
     """``out[i] (+)= factor[i] softmax(bfloat16(bits[i]) + base)``, never leaving the row."""
     vector_code()
@@ -85,7 +79,7 @@ def softmax_rounded_rows(part, start, stop, bits, base, factor, out, add):  # ty
                 target[g] = scale * row[g]
 
 
-@_loop
+@compiled(fastmath=_FLAGS)
 def exp_rows(part, start, stop, logits, factor, log_normaliser, out, add):  # type: ignore[no-untyped-def]
     """``out[i] (+)= factor[i] exp(logits[i] - log_normaliser[i])``."""
     vector_code()
@@ -101,7 +95,7 @@ def exp_rows(part, start, stop, logits, factor, log_normaliser, out, add):  # ty
                 target[g] = scale * exp32(row[g] - shift)
 
 
-@_loop
+@compiled(fastmath=_FLAGS)
 def widen_rows(part, start, stop, bits, base, out):  # type: ignore[no-untyped-def]
     """``out[i] = bfloat16(bits[i]) + base``, in float32."""
     vector_code()
