@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -121,12 +122,12 @@ def as_bytes(memory_budget: int | str) -> int:
     from dask.utils import parse_bytes  # not on import: it takes longer than all of this module
 
     try:
-        if not isinstance(memory_budget, str):
-            n_bytes = int(memory_budget)
-        else:
+        if isinstance(memory_budget, str):
             # Dask takes a unit alone, or nothing, for one of it.
             n_bytes = int(parse_bytes(memory_budget)) if any(map(str.isdigit, memory_budget)) else 0
-    except (TypeError, ValueError):
+        else:
+            n_bytes = math.floor(memory_budget)  # int() would read b"1" too
+    except (TypeError, ValueError, OverflowError):
         n_bytes = 0
     if n_bytes < 1:
         raise OptionError(
