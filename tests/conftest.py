@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import atlasvi  # noqa: F401 - first: it tells OpenMP not to spin before torch starts it
@@ -100,6 +102,33 @@ def data_dir() -> Path:
     if not (folder / "INDEX.md").is_file():
         pytest.skip(f"no real data at {folder}; set ATLASVI_TEST_DATA to the folder that has INDEX.md")
     return folder
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command came to, as `subprocess.CompletedProcess` names it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command_here(monkeypatch, capsys):
+    """``command_here(*words, cwd=None)``: the command by its own function; a process each takes seconds."""
+    from atlasvi.cli import main
+
+    def run(*words, cwd=None) -> Said:
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, words)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Said(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 def make_adata(n_obs: int = 300, n_vars: int = 60, seed: int = 0) -> anndata.AnnData:

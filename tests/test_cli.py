@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
 from atlasvi.scorecard import QUICK, evaluate
+from tests.conftest import make_adata
 
 COMMANDS = ["ingest", "info", "train", "latent", "decode", "impute", "publish", "serve", "de", "convert"]
 COMMANDS += ["demo", "predict", "evaluate"]
@@ -55,19 +56,25 @@ def one_line(said):
 
 
 @pytest.fixture
-def error_of(monkeypatch, capsys):
-    """The one line that an error is, by the command's own function: a process each would take minutes."""
+def error_of(command_here):
+    """The one line that an error is."""
 
     def run(*arguments, cwd=None):
-        if cwd is not None:
-            monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 1
-        return one_line(capsys.readouterr().err)
+        done = command_here(*arguments, cwd=cwd)
+        assert done.returncode == 1
+        return one_line(done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def run_here(command_here):
+    """What a command prints that goes well."""
+
+    def run(*arguments, cwd):
+        done = command_here(*arguments, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return run
 
@@ -79,13 +86,8 @@ def snapshot(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What the commands leave when they are run one after another; not to be written to."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("conftest_of_all", os.path.join(os.path.dirname(__file__), "conftest.py"))
-    conftest = module_from_spec(spec)
-    spec.loader.exec_module(conftest)
     folder = tmp_path_factory.mktemp("cli")
-    conftest.make_adata().write_h5ad(folder / "cells.h5ad")
+    make_adata().write_h5ad(folder / "cells.h5ad")
     said = {
         "ingest": atlasvi("ingest", "cells.h5ad", "-o", "atlas.zarr", cwd=folder),
         "train": atlasvi(
@@ -166,20 +168,20 @@ def test_the_command_trains_what_python_trains(made):
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_info_tells_of_atlas_and_model(made):
+def test_info_tells_of_atlas_and_model(made, run_here):
     folder, _ = made
-    atlas = atlasvi("info", "atlas.zarr", cwd=folder).stdout
+    atlas = run_here("info", "atlas.zarr", cwd=folder)
     for word in ("300", "60", "batch", "2 levels: b1, b2", "cell_type", "highly_variable"):
         assert word in atlas
-    model = atlasvi("info", "model", cwd=folder).stdout
+    model = run_here("info", "model", cwd=folder)
     for word in ("SCVI", "zinb", "b1, b2", "epochs", "nats"):
         assert word in model
 
 
-def test_info_sums_up_the_counts_when_asked(made):
+def test_info_sums_up_the_counts_when_asked(made, run_here):
     folder, _ = made
     counts = anndata.read_h5ad(folder / "cells.h5ad").X.toarray()
-    said = atlasvi("info", "atlas.zarr", "--stats", "--batch-key", "batch", cwd=folder).stdout
+    said = run_here("info", "atlas.zarr", "--stats", "--batch-key", "batch", cwd=folder)
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
     assert f"median {np.median(counts.sum(1)):,.0f}, 5 %" in lines["counts a cell"]
     assert f"median {np.median((counts > 0).sum(1)):,.0f}, 5 %" in lines["genes a cell"]
@@ -190,11 +192,11 @@ def test_info_sums_up_the_counts_when_asked(made):
     assert "mitochondrial" not in said
 
 
-def test_latents_go_into_an_h5ad_that_is_named(made, tmp_path):
+def test_latents_go_into_an_h5ad_that_is_named(made, run_here, tmp_path):
     folder, _ = made
     path = tmp_path / "cells.h5ad"
     path.write_bytes((folder / "cells.h5ad").read_bytes())
-    atlasvi("latent", folder / "model", folder / "atlas.zarr", "-o", path, "--key", "X_mine")
+    run_here("latent", folder / "model", folder / "atlas.zarr", "-o", path, "--key", "X_mine", cwd=tmp_path)
     store = anndata.read_zarr(folder / "atlas.zarr")
     np.testing.assert_array_equal(anndata.read_h5ad(path).obsm["X_mine"], store.obsm["X_scVI"])
 
@@ -272,21 +274,6 @@ def test_a_batch_column_that_is_not_there_is_answered_with_its_neighbour(made, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def run_here(monkeypatch):
-    """The command by its own function, as `error_of`."""
-
-    def run(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["atlasvi", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
-
-    return run
-
-
 def test_imputed_counts_and_technical_zeros_are_those_of_the_model(made, run_here, tmp_path):
     folder, _ = made
     out = tmp_path / "imputed.zarr"
@@ -312,11 +299,10 @@ def test_imputed_counts_and_technical_zeros_are_those_of_the_model(made, run_her
     assert back.var_names.tolist() == genes
 
 
-def test_a_scorecard_is_that_of_python(made, run_here, tmp_path, capsys):
+def test_a_scorecard_is_that_of_python(made, run_here, tmp_path):
     folder, _ = made
     how = ["--label-key", "cell_type", "--quick", "--cells", 100]
-    run_here("evaluate", "model", "atlas.zarr", "-o", tmp_path / "card", *how, cwd=folder)
-    said = capsys.readouterr().out
+    said = run_here("evaluate", "model", "atlas.zarr", "-o", tmp_path / "card", *how, cwd=folder)
     model = SCVI.load(folder / "model", folder / "atlas.zarr")
     card = evaluate(model, label_key="cell_type", picture=False, **{**asdict(QUICK), "n_cells": 100})
     assert (tmp_path / "card" / "scorecard.json").read_text() == card.to_json()
@@ -542,8 +528,7 @@ def test_a_loss_is_called_what_it_is(name, loss, unit, made, tmp_path, run_here,
     model.train(2)
     assert "-ELBO" not in capsys.readouterr().err
     model.save(tmp_path / "model")
-    run_here("info", "model", cwd=tmp_path)
-    said = capsys.readouterr().out
+    said = run_here("info", "model", cwd=tmp_path)
     assert "-ELBO" not in said
     assert re.search(rf"{loss}, training +[\d,.]+ {unit}", said)
 

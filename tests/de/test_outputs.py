@@ -1,7 +1,5 @@
 """What comes out of differential expression beside the table: calibration, charts, files of the command."""
 
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -138,18 +136,19 @@ def places(model, tmp_path_factory):
     return folder
 
 
-def command(places, *arguments, of=("model", "atlas.zarr")):
-    return subprocess.run(
-        [sys.executable, "-m", "atlasvi.cli", "de", *of, *arguments],
-        cwd=places, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def command(places, command_here):
+    def run(*arguments, of=("model", "atlas.zarr")):
+        return command_here("de", *of, *arguments, cwd=places)
+
+    return run
 
 
 @pytest.mark.parametrize("names", [("--group", "--versus"), ("--group1", "--group2")])
-def test_the_command_writes_what_the_method_says(model, places, names):
+def test_the_command_writes_what_the_method_says(model, places, command, names):
     one, two = names
     done = command(
-        places, "-o", "t.csv.gz", "--groupby", "cell_type", one, "T", two, "B", "--overwrite",
+        "-o", "t.csv.gz", "--groupby", "cell_type", one, "T", two, "B", "--overwrite",
         "--volcano", "v.svg", "--n-samples", "600", "--seed", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,10 +162,10 @@ def test_the_command_writes_what_the_method_says(model, places, names):
     assert "of 60 genes called" in done.stdout
 
 
-def test_the_command_compares_groups_of_a_published_atlas(model, places):
+def test_the_command_compares_groups_of_a_published_atlas(model, places, command):
     atlasvi.publish(model, places / "atlas.zarr", places / "my.atlasvi", dtype="float32", overwrite=True)
     how = ("--groupby", "cell_type", "--group", "T", "--n-samples", "600", "--overwrite")
-    done = command(places, "-o", "p.csv", *how, of=["my.atlasvi"])
+    done = command("-o", "p.csv", *how, of=["my.atlasvi"])
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(places / "p.csv", index_col="gene")
     own = model.differential_expression(
@@ -174,7 +173,7 @@ def test_the_command_compares_groups_of_a_published_atlas(model, places):
     )
     np.testing.assert_allclose(table.loc[own.index, "proba_m1"], own["proba_m1"], atol=4e-3)
     for of, says in ((["my.atlasvi", "atlas.zarr"], "needs no counts"), (["model"], "name the atlas")):
-        refused = command(places, "-o", "x.csv", *how, of=of)
+        refused = command("-o", "x.csv", *how, of=of)
         assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and says in refused.stderr
 
 
@@ -190,8 +189,8 @@ def test_the_command_compares_groups_of_a_published_atlas(model, places):
         (["-o", "x.csv", "--cells", "cell_type == 'T'", "--heat-map", "x.svg"], "pass --groupby"),
     ],
 )
-def test_the_command_refuses_in_one_line_and_writes_nothing(places, arguments, says):
-    done = command(places, *arguments)
+def test_the_command_refuses_in_one_line_and_writes_nothing(places, command, arguments, says):
+    done = command(*arguments)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and says in done.stderr
     assert not (places / "x.csv").exists() and not (places / "x.svg").exists()
