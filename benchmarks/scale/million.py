@@ -1,20 +1,24 @@
 """A million cells by ten thousand genes on the machine at hand: `python -m benchmarks.scale.million`.
 
-The cells are simulated with known truth and streamed into a store, scVI goes through them once, and what it
-learnt is written and decoded: latents, rho of some genes of every cell to Zarr, and rho of all genes of every
-cell, averaged for each cell type on the way, since as numbers it would take 40 GB. Each stage is a process
-of its own, which is given nothing but files. A line is printed as each ends: time, cells a second, and the
-most anonymous memory that the process had, imports included.
+The cells are simulated with known truth and streamed into a store. scVI is trained with its defaults until it
+ends by itself, on a tenth of the cells and on all but 10,000, which both are then judged by. What it learnt
+is written and decoded: latents, rho of some genes of every cell to Zarr, and rho of all genes of every cell,
+averaged for each cell type on the way, since as numbers it would take 40 GB. Each stage is a process of its
+own, which is given nothing but files. A line is printed as each ends: time, cells a second, and the most
+anonymous memory that the process had, imports included. Looks at the cells kept for validation are written
+to a table as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,15 @@ from benchmarks.common import machine, table
 
 HEADS = ("stage", "seconds", "cells a second", "peak memory, MiB", "what")
 _MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage took, how many cells went through it, each as often as it did, and what it did."""
+
+    seconds: float
+    cells: int
+    what: str
 
 
 def main() -> None:
@@ -37,9 +50,10 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=1_000_000)
     parser.add_argument("--genes", type=int, default=10_000)
     parser.add_argument("--counts", type=float, default=1_900.0, help="median expected counts of a cell")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=1_024)
+    parser.add_argument("--epochs", type=int, help="at most; the default of `train` unless given")
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--budget", default="256MB", help="of the stream")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--stage", nargs="+", choices=list(_STAGES), default=list(_STAGES))
     parser.add_argument("--one", choices=list(_STAGES), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,7 +73,7 @@ def main() -> None:
             [
                 stage,
                 f"{found['seconds']:,.0f}",
-                f"{options.cells * found['times'] / found['seconds']:,.0f}",
+                f"{found['cells'] / found['seconds']:,.0f}",
                 f"{found['peak'] / _MIB:,.0f}",
                 found["what"],
             ]
@@ -68,15 +82,24 @@ def main() -> None:
     print(table(HEADS, rows, markdown=True))
 
 
-def _one(stage: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> dict[str, Any]:
+def _one(stage: Callable[[argparse.Namespace], Done], options: argparse.Namespace) -> dict[str, Any]:
     """The body of a stage's process."""
     from atlasvi.memory import Watch
 
-    started = time.perf_counter()
     with Watch() as watch:
+        done = stage(options)
+    return {**asdict(done), "peak": watch.peak_bytes}
+
+
+def _timed(stage: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], Done]:
+    """A stage that goes through all cells once, its imports and files included."""
+
+    def run(options: argparse.Namespace) -> Done:
+        started = time.perf_counter()
         what = stage(options)
-    times = options.epochs if stage is _train else 1
-    return {"seconds": time.perf_counter() - started, "peak": watch.peak_bytes, "what": what, "times": times}
+        return Done(time.perf_counter() - started, options.cells, what)
+
+    return run
 
 
 def _build(options: argparse.Namespace) -> str:
@@ -92,26 +115,58 @@ def _build(options: argparse.Namespace) -> str:
     return f"simulated and ingested, shuffled: {size / 1e9:.2f} GB on disk"
 
 
-def _train(options: argparse.Namespace) -> str:
+def _train_few(options: argparse.Namespace) -> Done:
+    return _trained(options, options.cells // 10, "model-of-few")
+
+
+def _train(options: argparse.Namespace) -> Done:
+    return _trained(options, options.cells - _n_test(options), "model")
+
+
+def _trained(options: argparse.Namespace, n_cells: int, name: str) -> Done:
+    """The model of the first cells; the seconds are those of `train`."""
+    import numpy as np
+
     import atlasvi
 
     with atlasvi.open(options.folder / "atlas.zarr") as atlas:
-        atlasvi.SCVI.setup_anndata(atlas, batch_key="batch")
-        model = atlasvi.SCVI(atlas, seed=0)
-        model.train(
-            options.epochs,
-            batch_size=options.batch_size,
-            memory_budget=options.budget,
-            train_size=0.99,
-            schedule="scvi-tools",
-            seed=0,
-            plan_kwargs={"lr": 3e-3, "n_epochs_kl_warmup": 1},
-        )
-        model.save(options.folder / "model", overwrite=True)
-        held_out = model.records[-1].elbo_validation
-    assert held_out is not None
-    what = f"scVI, ZINB, epochs: {options.epochs}, minibatches of {options.batch_size}"
-    return f"{what}: held-out -ELBO {held_out:,.1f}"
+        some, others = atlas[:n_cells], atlas[options.cells - _n_test(options) :]
+        atlasvi.SCVI.setup_anndata(some, batch_key="batch")
+        model = atlasvi.SCVI(some, seed=0)
+        started = time.perf_counter()
+        with (options.folder / f"{name}.looks.csv").open("w", buffering=1) as looks:
+            looks.write("step,seconds,elbo_validation\n")
+            model.train(
+                options.epochs,
+                batch_size=options.batch_size,
+                memory_budget=options.budget,
+                precision=options.precision,
+                seed=0,
+                on_check=lambda look: looks.write(f"{look.step},{look.seconds:.1f},{look.elbo_validation}\n"),
+            )
+        seconds = time.perf_counter() - started
+        model.save(options.folder / name, overwrite=True)
+        elbo = -np.mean([model.get_elbo(others, seed=draw) for draw in range(3)])
+    steps = model.checks[-1].step
+    calm = next((look for look in _calm(model.checks)), None)
+    what = (
+        f"scVI, ZINB, defaults, on {n_cells:,} cells: {steps:,} steps, "
+        f"-ELBO of {_n_test(options):,} others {elbo:,.2f}; "
+        + ("never calm" if calm is None else f"calm after {calm.seconds:,.0f} s, {calm.step:,} steps")
+    )
+    return Done(seconds, steps * options.batch_size, what)
+
+
+def _calm(checks: list[Any]) -> Iterator[Any]:
+    """Looks at the end of three changes of less than 0.05 % each."""
+    for i in range(3, len(checks)):
+        last = [check.elbo_validation for check in checks[i - 3 : i + 1]]
+        if all(abs(b - a) < 5e-4 * abs(a) for a, b in itertools.pairwise(last)):
+            yield checks[i]
+
+
+def _n_test(options: argparse.Namespace) -> int:
+    return min(10_000, options.cells // 10)
 
 
 def _latent(options: argparse.Namespace) -> str:
@@ -175,8 +230,9 @@ def _decode_all(options: argparse.Namespace) -> str:
     return f"rho of all {atlas.n_vars:,} genes of every cell, averaged for each of {n_kinds} types"
 
 
-_STAGES: dict[str, Callable[[argparse.Namespace], str]] = {
-    "build": _build, "train": _train, "latents": _latent, "decode": _decode, "decode all": _decode_all,
+_STAGES: dict[str, Callable[[argparse.Namespace], Done]] = {
+    "build": _timed(_build), "train few": _train_few, "train": _train, "latents": _timed(_latent),
+    "decode": _timed(_decode), "decode all": _timed(_decode_all),
 }  # fmt: skip
 
 
