@@ -280,7 +280,7 @@ def train(
     from atlasvi.errors import ModelError, OptionError
     from atlasvi.models import by_name
     from atlasvi.models.factor import FactorModel
-    from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, check_destination
+    from atlasvi.models.folder import CHECKPOINT, DESCRIPTION, LOG, NEW_LOG, check_destination
     from atlasvi.train.history import CsvLog
 
     kind = by_name(model)
@@ -288,6 +288,8 @@ def train(
         "gene_likelihood": likelihood, "dispersion": dispersion, "n_latent": n_latent, "n_hidden": n_hidden,
         "n_layers": n_layers, "prior": prior, "seed": seed,
     }  # fmt: skip
+    if paper and model.lower() != "scvi":
+        raise OptionError(f"--paper is the setting of scvi, not of {model}; leave it out")
     if paper:
         given |= {"use_observed_lib_size": False, "encode_covariates": True}
     options = _options_of(kind, given, option or [])
@@ -296,6 +298,9 @@ def train(
     check_destination(out)
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
+    # The log of a model that is there stays with it until there is another model.
+    coming = out / NEW_LOG
+    log = coming if (out / DESCRIPTION).exists() and (not resume or coming.exists()) else out / LOG
     data = _open(atlases, layer)
     more = {} if unlabeled_category is None else {"unlabeled_category": unlabeled_category}
     kind.setup_anndata(
@@ -309,7 +314,7 @@ def train(
         _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
         trained.train(
             max_epochs, train_size, seed=seed, memory_budget=memory_budget,
-            on_epoch=CsvLog(out / LOG, append=False),
+            on_epoch=CsvLog(log, append=False),
         )  # fmt: skip
     else:
         trained.train(
@@ -319,7 +324,7 @@ def train(
             schedule="scvi-tools" if paper and schedule is None else schedule,
             plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
             checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-            memory_budget=memory_budget, on_epoch=CsvLog(out / LOG, append=resume),
+            memory_budget=memory_budget, on_epoch=CsvLog(log, append=resume),
         )  # fmt: skip
     trained.save(out, overwrite=True)
     last = trained.records[-1]

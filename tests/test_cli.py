@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from urllib.request import urlopen
 
 import anndata
@@ -457,6 +458,21 @@ def test_ctrl_c_leaves_130_and_whole_files(made, tmp_path):
     load_file(out / "checkpoint" / "weights.safetensors")
     assert len(state["progress"]["records"]) <= len((out / "history.csv").read_text().splitlines()) - 1
     assert snapshot(folder / "atlas.zarr") == atlas
+
+
+def test_a_training_that_fails_leaves_the_model_that_it_was_to_replace(made, command_here, tmp_path):
+    how = ["train", made[0] / "atlas.zarr", "-o", tmp_path / "m", "--batch-key", "batch", "--max-epochs", 2]
+    assert command_here(*how, *SMALL).returncode == 0
+    kept = {name: data for name, data in snapshot(tmp_path / "m").items() if name.parts[0] != "checkpoint"}
+    failed = command_here(*how, *SMALL, "--overwrite", "--lr", 1e9)
+    assert failed.returncode == 1 and "Lower lr" in one_line(failed.stderr.splitlines()[-1])
+    now = snapshot(tmp_path / "m")
+    assert {name: now[name] for name in kept} == kept
+    assert command_here(*how, *SMALL, "--overwrite", "--seed", 1).returncode == 0
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "checkpoint", "history.csv", "model.json", "weights.safetensors",
+    ]  # fmt: skip
+    assert snapshot(tmp_path / "m")[Path("history.csv")] != kept[Path("history.csv")]
 
 
 # --- labels -------------------------------------------------------------------------------------

@@ -453,7 +453,7 @@ def test_a_look_reads_no_more_than_64_cells(store):
         ({"batch_key": "bacth"}, ObsError, "did you mean 'batch'"),
         ({"label_key": "cell_type", "group": "NKK"}, ObsError, "did you mean 'NK'"),
         ({"group": "NK"}, OptionError, "label_key"),
-        ({"n_splits": 0}, OptionError, "n_splits must be at least 1, is 0"),
+        ({"n_splits": 0}, OptionError, "n_splits must be a whole number of at least 1, is 0"),
         ({"n_cells": -3}, OptionError, "n_cells"),
     ],
 )

@@ -92,8 +92,9 @@ class Question:
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("n_samples_overall", "n_cells", "n_draws"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise OptionError(f"{name} must be a whole number of at least 1, is {value!r}")
         if self.estimator == "paper" and self.mode == "change":
             raise OptionError("estimator='paper' averages Bayes factors, of mode='vanilla'; leave one out")
         if not 0 < self.fdr_target < 1:

@@ -34,8 +34,9 @@ def calibration(
     advance: Advance,
 ) -> pd.DataFrame:
     """The body of `CountModel.calibration`, which says what the arguments are; ``cells`` are the group's."""
-    if n_splits < 1 or n_cells < 1:
-        raise OptionError(f"n_splits {n_splits} and n_cells {n_cells} must be at least 1")
+    for name, value in (("n_splits", n_splits), ("n_cells", n_cells)):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise OptionError(f"{name} must be a whole number of at least 1, is {value!r}")
     if len(cells) < 2 * n_cells:
         raise CellsError(
             f"{len(cells)} cells are too few to compare {n_cells} of them with {n_cells} others; choose a "

@@ -104,7 +104,7 @@ def estimate_delta(mean: NDArray[np.float64], seed: int) -> float:
     """
     from sklearn.mixture import GaussianMixture
 
-    centres = np.sort(GaussianMixture(3, random_state=seed).fit(mean[:, None]).means_.ravel())
+    centres = np.sort(GaussianMixture(3, random_state=seed % (1 << 32)).fit(mean[:, None]).means_.ravel())
     return max(0.1, 0.6 * float(np.abs(centres[[0, -1]]).mean()))
 
 

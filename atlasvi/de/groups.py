@@ -85,10 +85,8 @@ def groups_by_label(
     """
     codes, levels = level_codes(atlas, groupby)
     if len(levels) < 2:
-        raise CellsError(
-            f"obs column {groupby!r} of {atlas.name} has one level, {levels[0]!r}: there is nothing to "
-            "compare it with; choose another column"
-        )
+        has = f"one level, {levels[0]!r}: there is nothing to compare it with" if levels else "no cells"
+        raise CellsError(f"obs column {groupby!r} of {atlas.name} has {has}; choose another column")
     known = list(levels)
     ones = known if group1 is None else [as_level(name) for name in np.atleast_1d(_objects(group1))]
     if not ones:

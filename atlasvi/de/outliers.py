@@ -51,6 +51,6 @@ def without_outliers(
                 f"group {name!r} has {len(cells)} cells, too few to find outliers among in {latent.shape[1]} "
                 "dimensions; leave out filter_outlier_cells"
             )
-        inlier = EllipticEnvelope(random_state=seed).fit_predict(latent) == 1
+        inlier = EllipticEnvelope(random_state=seed % (1 << 32)).fit_predict(latent) == 1
         kept[cells[~inlier]] = -1
     return replace(groups, codes=kept)

@@ -35,7 +35,7 @@ from atlasvi.errors import GenesError, ObsError, OptionError
 from atlasvi.infer.classify import probability_blocks
 from atlasvi.models.arguments import cell_positions, one_of, refuse
 from atlasvi.models.base import CountModel
-from atlasvi.models.data import registered, registered_as
+from atlasvi.models.data import registered, registered_as, with_cells
 from atlasvi.store.atlas import Atlas, as_atlas
 from atlasvi.store.fields import Codes, codes_of_known, resolve
 from atlasvi.stream import Epochs
@@ -202,6 +202,11 @@ class ACTINN(CountModel[ACTINNConfig, ACTINNModule]):
         for of_gene in (total / n, deviation):
             low, high = np.percentile(of_gene[uses], _QUANTILES)
             uses = uses & (of_gene >= low) & (of_gene <= high)
+            if not uses.any():
+                raise GenesError(
+                    f"of {n_vars} genes that both have, none is left once the extremes are dropped; ACTINN "
+                    "needs more genes in common"
+                )
         return uses
 
     @property
@@ -297,7 +302,7 @@ class ACTINN(CountModel[ACTINNConfig, ACTINNModule]):
         """As of any model; -1 is the label of cells of other data that have none of the model's."""
         if data is None:
             return super()._data(None)
-        atlas, fields = as_atlas(data, layer=self.fields.layer), self.fields
+        atlas, fields = with_cells(as_atlas(data, layer=self.fields.layer)), self.fields
         labels = codes_of_known(atlas, fields.labels_key, fields.labels_categories, -1)
         return atlas, replace(resolve(replace(fields, labels_key=None), atlas), labels=labels)
 

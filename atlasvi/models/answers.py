@@ -47,7 +47,7 @@ from atlasvi.models.arguments import (
     one_of,
     refuse,
 )
-from atlasvi.models.core import INFERENCE_BATCH, Config, Model, Module
+from atlasvi.models.core import Config, Model, Module
 from atlasvi.models.data import Data
 from atlasvi.progress import bar
 from atlasvi.store import cluster
@@ -90,6 +90,7 @@ class Answers(Model[Config, Module]):
             **unsupported: refused by name.
         """
         refuse("get_latent_representation", unsupported)
+        seed = checked_seed(seed)
         self._must_be_trained()
         self._must_encode()
         minibatches = self._minibatches(adata, indices, batch_size)
@@ -194,7 +195,7 @@ class Answers(Model[Config, Module]):
             codes = resolve(self.fields, atlas)
         if client is not None:
             return encode_on(client, self.module, atlas, codes)
-        epochs = Epochs(atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False)
+        epochs = Epochs(atlas, codes, batch_size=self._at_once(batch_size), shuffle=False)
         return encode_cells(self.module, epochs(), codes, atlas.row_numbers, atlas.read_names)
 
     def expression(
@@ -665,6 +666,7 @@ class Answers(Model[Config, Module]):
             True
         """
         refuse("get_latent_library_size", unsupported)
+        seed = checked_seed(seed)
         self._must_be_trained()
         self._must_decode()
         source, _ = self._source(adata, indices)
@@ -757,7 +759,7 @@ class Answers(Model[Config, Module]):
         atlas, _ = self._data(adata)
         found = cell_quality(
             self.module, self._minibatches(adata, indices, batch_size), self._device,
-            n_samples=n_samples, seed=seed,
+            n_samples=at_least_one("n_samples", n_samples), seed=checked_seed(seed),
         )  # fmt: skip
         names = atlas.obs_names.astype(object)
         return pd.DataFrame(
@@ -803,7 +805,7 @@ class Answers(Model[Config, Module]):
             True
         """
         refuse("get_marginal_ll", unsupported)
-        at_least_one("n_mc_samples", n_mc_samples)
+        n_mc_samples, seed = at_least_one("n_mc_samples", n_mc_samples), checked_seed(seed)
         self._must_be_trained()
         if not has_marginal(self.module):
             raise OptionError(
@@ -1047,7 +1049,7 @@ class Answers(Model[Config, Module]):
         question = Question(
             mode, estimator, delta, batches1=batches1, batches2=batches2, fdr_target=fdr_target,
             n_samples_overall=n_samples_overall, n_cells=n_cells, n_draws=n_draws, bf_threshold=bf_threshold,
-            seed=seed,
+            seed=checked_seed(seed),
         )  # fmt: skip
         with bar("calibration", n_splits, "splits", enabled=not silent) as advance:
             return calibration(
@@ -1078,15 +1080,14 @@ class Answers(Model[Config, Module]):
         """What is asked, in the model's terms."""
         self._must_be_trained()
         self._must_decode()
-        if n_samples < 1:
-            raise OptionError(f"n_samples must be at least 1, is {n_samples}")
         one_of("precision", precision, ("float32", "bfloat16"))
         at = None if genes is None else torch.from_numpy(gene_positions(genes, self.fields.var_names))
         return Request(
             None if at is None else at.to(self._device),
             self._batch_codes(transform_batch),
             checked_library_size(library_size),
-            n_samples, seed=checked_seed(seed), return_mean=return_mean, precision=precision,
+            at_least_one("n_samples", n_samples), seed=checked_seed(seed), return_mean=return_mean,
+            precision=precision,
         )  # fmt: skip
 
     def _source(self, data: Data | Encoded | None, cells: Any) -> tuple[Source, Callable[[], NDArray[Any]]]:
@@ -1138,6 +1139,7 @@ class Answers(Model[Config, Module]):
 
     def _terms(self, data: Data | None, indices: Any, batch_size: int | None, seed: int) -> list[LossTerms]:
         self._must_be_trained()
+        seed = checked_seed(seed)
         minibatches = self._minibatches(data, indices, batch_size)
         return list(elbo_blocks(self.module, minibatches, self._device, seed=seed))
 
@@ -1146,6 +1148,8 @@ class Answers(Model[Config, Module]):
             return ()
         known = list(self.fields.batch_categories)
         levels = [as_level(name) for name in np.atleast_1d(np.asarray(names, dtype=object))]
+        if not levels:
+            raise OptionError("transform_batch is empty; name batches, or leave it out for the cells' own")
         for level in levels:
             if level not in known:
                 raise ObsError(

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from atlasvi.errors import CellsError, GenesError, OptionError
 
+# What is drawn for another purpose begins so much further on; the kernels' seeds have 64 bits.
+_MOST_SEEDS = 1 << 62
+
 _INSTEAD = {
     "load_sparse_tensor": "counts are always sparse here",
     "datasplitter_kwargs": "use train_size, validation_size, shuffle_set_split and seed",
@@ -52,16 +55,16 @@ def refuse(method: str, arguments: Mapping[str, object]) -> None:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """Refuse a number below 1, naming it."""
-    if value < 1:
-        raise OptionError(f"{name} must be at least 1, is {value}")
+    """Refuse what is no whole number or below 1, naming it."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise OptionError(f"{name} must be a whole number of at least 1, is {value!r}")
     return int(value)
 
 
 def checked_seed(seed: int) -> int:
     """Refuse what no generator can start from."""
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise OptionError(f"seed must be an integer of 0 or more, is {seed!r}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < _MOST_SEEDS:
+        raise OptionError(f"seed must be an integer of 0 or more and below 2^62, is {seed!r}")
     return int(seed)
 
 

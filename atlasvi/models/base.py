@@ -8,22 +8,30 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atlasvi.errors import OptionError
+from atlasvi.errors import OptionError, TrainingError
 from atlasvi.models.answers import Answers
-from atlasvi.models.arguments import cell_positions, checked_seed, choose_device, one_of, refuse
+from atlasvi.models.arguments import (
+    at_least_one,
+    cell_positions,
+    checked_seed,
+    choose_device,
+    one_of,
+    refuse,
+)
 from atlasvi.models.core import Config, Module
 from atlasvi.models.data import Data, gene_shares, split_cells, split_options
+from atlasvi.models.folder import not_finite
 from atlasvi.models.frozen import frozen
 from atlasvi.nn import ranks
 from atlasvi.progress import bar
 from atlasvi.store.identity import look, look_at_codes
 from atlasvi.stream import Epochs
-from atlasvi.train.checkpoint import batch_size_of
+from atlasvi.train.checkpoint import Progress, batch_size_of
 from atlasvi.train.estimate import (
     DEFAULT_BATCH_SIZE,
     batch_size_that_fits,
@@ -42,9 +50,6 @@ from atlasvi.train.schedule import (
     steps_between_checks,
 )
 from atlasvi.types import Starts
-
-if TYPE_CHECKING:
-    pass
 
 # Cells that the genes' shares are taken from where the decoder starts at them.
 START_CELLS = 4096
@@ -141,10 +146,9 @@ class CountModel(Answers[Config, Module]):
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
         max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
-        if max_epochs < 1 or (batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 3)):
-            raise OptionError(
-                f"max_epochs {max_epochs!r} and batch_size {batch_size!r}: need at least 1 and 3, or 'auto'"
-            )
+        max_epochs = at_least_one("max_epochs", max_epochs)
+        if batch_size != "auto" and (not isinstance(batch_size, int | np.integer) or batch_size < 3):
+            raise OptionError(f"batch_size must be a whole number of 3 or more, or 'auto', is {batch_size!r}")
         device = choose_device(accelerator, devices)
         ranks.join(device)
         if resume and checkpoint is None:
@@ -156,6 +160,8 @@ class CountModel(Answers[Config, Module]):
         training, held_out, _ = split_cells(**split)
         if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
+        if early_stopping_patience is not None and early_stopping_patience < 0:
+            raise OptionError(f"early_stopping_patience must be 0 or more, is {early_stopping_patience}")
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
@@ -169,11 +175,17 @@ class CountModel(Answers[Config, Module]):
                 memory_budget=memory_budget,
                 keeps_best=early_stopping and early_stopping_patience is None and plan.patience is not None,
             )  # fmt: skip
+            if not any(parameter.requires_grad for parameter in self.module.parameters()):
+                raise OptionError(
+                    "there is nothing to train: the query has no new batch and all else is frozen. Ask the "
+                    "model as it is, or map the query with unfrozen=True"
+                )
         batch_size, takes = batch_size_that_fits(batch_size, shape, device)
         plan = adapted(plan, len(training), batch_size)
         between = steps_between_checks(plan, len(held_out), batch_size)
         in_steps = early_stopping_patience is None and plan.patience is not None and between is not None
-        patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience or 45
+        patience = (plan.patience or 0) * (between or 0) if in_steps else early_stopping_patience
+        patience = 45 if patience is None else patience
         if plan.reduce_lr_on_plateau and not len(held_out):
             raise OptionError("reduce_lr_on_plateau needs cells kept for validation: train_size below 1")
         room = room_for_counts(device, takes)
@@ -211,11 +223,15 @@ class CountModel(Answers[Config, Module]):
             frozen(self.module, self._freeze),
         ):
 
-            def at_start() -> None:
+            origin = self.origin
+
+            def at_start(progress: Progress) -> None:
                 # What is refused before leaves the model as it was.
+                if self.is_trained and origin is None:
+                    self.origin = "trained before"  # until an epoch of this run has ended
                 self._split, self._looks_like = split, run["cells"]
                 self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
-                self.records, self.checks = [], []
+                self.records, self.checks = list(progress.records), list(progress.checks)
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
@@ -232,27 +248,36 @@ class CountModel(Answers[Config, Module]):
                 if on_check is not None and ranks.rank() == 0:
                     on_check(check)
 
-            progress = fit(
-                self.module,
-                minibatches,
-                validation if len(held_out) else None,
-                plan,
-                max_epochs=max_epochs,
-                seed=seed,
-                device=device,
-                early_stopping=EarlyStopping(
-                    early_stopping_monitor, patience, early_stopping_min_delta, in_steps
+            try:
+                progress = fit(
+                    self.module,
+                    minibatches,
+                    validation if len(held_out) else None,
+                    plan,
+                    max_epochs=max_epochs,
+                    seed=seed,
+                    device=device,
+                    early_stopping=EarlyStopping(
+                        early_stopping_monitor, patience, early_stopping_min_delta, in_steps
+                    )
+                    if early_stopping
+                    else None,
+                    validate_every=check_val_every_n_epoch,
+                    steps_between_checks=between,
+                    checkpoints=None
+                    if checkpoint is None
+                    else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
+                    listeners=Listeners(at_start, after_step, after_epoch, after_check),
                 )
-                if early_stopping
-                else None,
-                validate_every=check_val_every_n_epoch,
-                steps_between_checks=between,
-                checkpoints=None
-                if checkpoint is None
-                else Checkpoints(Path(checkpoint), checkpoint_every_seconds, resume, run),
-                listeners=Listeners(at_start, after_step, after_epoch, after_check),
-            )
-            self.records, self.checks = progress.records, progress.checks
+            except TrainingError as error:
+                if not_finite(self.module):  # nothing to answer with
+                    self.records, self.checks, self.origin = [], [], None
+                if not (in_steps and self.checks):
+                    raise
+                if not self.is_trained:
+                    self.origin = "stopped in its first epoch"
+                raise TrainingError(f"{error}; the model has the weights of the best look") from error
+            self.records, self.checks, self.origin = progress.records, progress.checks, origin
 
     def refine_posterior(
         self,

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from atlasvi.errors import ModelError, NotTrainedError, OptionError
-from atlasvi.models.arguments import cell_positions, refuse
-from atlasvi.models.data import Data, LibraryMoments, library_moments, registered, split_cells
+from atlasvi.models.arguments import at_least_one, cell_positions, checked_seed, refuse
+from atlasvi.models.data import Data, LibraryMoments, library_moments, registered, split_cells, with_cells
 from atlasvi.models.folder import DESCRIPTION, read_description, read_weights, write_folder
 from atlasvi.models.frozen import Freeze
 from atlasvi.nn import ranks
@@ -60,6 +60,7 @@ class Model(Generic[Config, Module]):
     plan: TrainingPlan
 
     def __init__(self, adata: Data, config: Config, *, needs_library: bool) -> None:
+        checked_seed(config.seed)  # type: ignore[attr-defined]
         self.atlas, self.fields = registered(adata, type(self).__name__)
         self.config = config
         self._codes: Codes | None = resolve(self.fields, self.atlas)
@@ -310,7 +311,7 @@ class Model(Generic[Config, Module]):
                 )
             return self.atlas, self._codes
         # Counts are taken from where they were at training; an Atlas says itself where its counts are.
-        atlas = as_atlas(data, layer=self.fields.layer)
+        atlas = with_cells(as_atlas(data, layer=self.fields.layer))
         # Labels that nothing is asked of need not be there, nor be known.
         uses_labels = getattr(self.config, "dispersion", None) == "gene-label"
         return atlas, resolve(self.fields if uses_labels else replace(self.fields, labels_key=None), atlas)
@@ -326,10 +327,15 @@ class Model(Generic[Config, Module]):
         names: NDArray[np.object_] = atlas.obs_names.astype(object)
         return names if indices is None else names[cell_positions(indices, atlas.n_obs)]
 
+    @staticmethod
+    def _at_once(batch_size: int | None) -> int:
+        return INFERENCE_BATCH if batch_size is None else at_least_one("batch_size", batch_size)
+
     def _minibatches(self, data: Data | None, indices: Any, batch_size: int | None) -> Iterator[Minibatch]:
         atlas, codes = self._data(data)
         epochs = Epochs(
-            atlas, codes, batch_size=batch_size or INFERENCE_BATCH, shuffle=False,
+            atlas, codes, shuffle=False,
+            batch_size=self._at_once(batch_size),
             positions=None if indices is None else cell_positions(indices, atlas.n_obs),
         )  # fmt: skip
         return epochs()

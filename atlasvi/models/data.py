@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atlasvi.errors import OptionError
+from atlasvi.errors import CellsError, OptionError
 from atlasvi.nn import ranks
 from atlasvi.store.atlas import Atlas
 from atlasvi.store.atlas import open as open_atlas
@@ -45,6 +45,17 @@ def registered(adata: Data, model: str) -> tuple[Atlas, FieldMap]:
     if fields is None:
         raise OptionError(f"the data were not set up; call {model}.setup_anndata(adata, batch_key=...) first")
     return atlas, fields
+
+
+def with_cells(atlas: Atlas) -> Atlas:
+    """The data, if there is a cell.
+
+    Raises:
+        CellsError: there is none.
+    """
+    if atlas.n_obs == 0:
+        raise CellsError(f"{atlas.name} has no cells, as a view that chose none: there is nothing to answer")
+    return atlas
 
 
 @contextmanager
@@ -115,4 +126,5 @@ __all__ = [
     "registered_as",
     "split_cells",
     "split_options",
+    "with_cells",
 ]

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atlasvi.errors import NotTrainedError, OptionError
-from atlasvi.models.arguments import checked_seed, one_of, refuse
+from atlasvi.models.arguments import at_least_one, checked_seed, one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments, split_cells, split_options
 from atlasvi.progress import bar
@@ -308,8 +308,8 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
         """
         refuse(f"{type(self).__name__}.train", unsupported)
         seed = checked_seed(seed)
-        if max_epochs is not None and max_epochs < 1:
-            raise OptionError(f"max_epochs must be at least 1, is {max_epochs}")
+        if max_epochs is not None:
+            max_epochs = at_least_one("max_epochs", max_epochs)
         atlas, codes = self._data(None)
         split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, _, _ = split_cells(**split)

@@ -17,7 +17,7 @@ from atlasvi.files import plain_number, replacing_folder, settle
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
-CHECKPOINT, LOG = "checkpoint", "history.csv"
+CHECKPOINT, LOG, NEW_LOG = "checkpoint", "history.csv", "history.new.csv"
 
 
 def write_folder(
@@ -32,20 +32,31 @@ def write_folder(
         overwrite: replace a model that is there.
 
     Raises:
-        ModelError: there is a model already, or something that is not a model's.
+        ModelError: there is a model already, or something that is not a model's; or weights are not finite.
         SpaceError: the disk is full; the folder stays what it was.
     """
     check_destination(path)
     if (path / DESCRIPTION).exists() and not overwrite:
         raise ModelError(f"there is a model in {str(path)!r}; pass overwrite=True to replace it")
+    if bad := not_finite(module):
+        raise ModelError(f"the weights {bad!r} hold NaN or infinite numbers: make it anew and train it")
     whole = {"format": FORMAT, **description, "versions": versions()}
     with replacing_folder(path) as new:
         save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, new / WEIGHTS)
         (new / DESCRIPTION).write_text(json.dumps(whole, indent=1, default=plain_number))
         if (path / CHECKPOINT).is_dir():
             shutil.copytree(path / CHECKPOINT, new / CHECKPOINT)
-        if (path / LOG).is_file():
-            shutil.copy2(path / LOG, new / LOG)
+        # The log of the run that made these weights, else the one that is there.
+        for log in (path / NEW_LOG, path / LOG):
+            if log.is_file():
+                shutil.copy2(log, new / LOG)
+                break
+
+
+def not_finite(module: torch.nn.Module) -> str | None:
+    """The first weight that holds NaN or an infinite number; ``None`` where all are finite."""
+    weights = module.state_dict().items()
+    return next((name for name, value in weights if not torch.isfinite(value).all()), None)
 
 
 def versions() -> dict[str, str]:
@@ -79,9 +90,9 @@ def check_destination(path: Path) -> None:
         return
     if not path.is_dir():
         raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
-    known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG}
+    known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG, NEW_LOG}
     # What a run that was killed left half-written has a name of ours.
-    known |= {f".{name}.{state}" for name in (CHECKPOINT, LOG) for state in ("new", "old")}
+    known |= {f".{name}.{state}" for name in (CHECKPOINT, LOG, NEW_LOG) for state in ("new", "old")}
     strangers = sorted(p.name for p in path.iterdir() if p.name not in known)
     if strangers:
         raise ModelError(f"{str(path)!r} holds {strangers[0]!r}, which is not a model's; name another folder")

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from atlasvi.errors import OptionError
+from atlasvi.models.arguments import at_least_one, checked_seed
 from atlasvi.models.frozen import posterior_only
 from atlasvi.models.scvi import SCVIConfig
 from atlasvi.nn import ranks
@@ -65,8 +66,8 @@ def refined(
             f"{type(model).__name__} has no posterior to refit, or, as with prior='vamp', one that the prior "
             "is made of; SCVI and its family have, with prior='normal' or 'mog'"
         )
-    if max_epochs < 1 or batch_size < 1:
-        raise OptionError(f"max_epochs {max_epochs} and batch_size {batch_size}: need at least 1 and 1")
+    max_epochs, batch_size = at_least_one("max_epochs", max_epochs), at_least_one("batch_size", batch_size)
+    seed = checked_seed(seed)
     plan = PLAN.with_options(plan_kwargs)
     other = copy.copy(model)
     module: Any = copy.deepcopy(model.module)

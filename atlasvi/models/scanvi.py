@@ -35,7 +35,7 @@ from atlasvi.errors import NotTrainedError, ObsError, OptionError
 from atlasvi.infer.classify import probability_blocks
 from atlasvi.models.arguments import refuse
 from atlasvi.models.base import CountModel
-from atlasvi.models.data import LibraryMoments, registered_as
+from atlasvi.models.data import LibraryMoments, registered_as, with_cells
 from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
 from atlasvi.nn.encoder import Encoder
 from atlasvi.nn.layers import MLP, Covariates, NoiseByLabel, by_label
@@ -239,15 +239,20 @@ class WithLabelled:
     def __init__(self, full: Epochs, labelled: Epochs) -> None:
         self.full, self.labelled = full, labelled
         self.kept = full.kept
-        self._rounds = -(-full.plan(0).n_minibatches // labelled.plan(0).n_minibatches)
+        # Each round has a minibatch at least.
+        self._most_rounds = full.plan(0).n_minibatches
 
     def __call__(self, epoch: int = 0, start: int = 0) -> Iterator[Minibatch]:
         """The minibatches of an epoch from ``start``, each with a `Minibatch.labelled`."""
-        skipped, begin = divmod(start, self.labelled.plan(0).n_minibatches)
 
         def cells() -> Iterator[Minibatch]:
-            for i in count(skipped):
-                yield from self.labelled(epoch * self._rounds + i, begin if i == skipped else 0)
+            skip = start
+            for i in count(epoch * self._most_rounds):
+                # Rounds of balanced cells, some of which come repeatedly, differ in length.
+                n_minibatches = self.labelled.plan(i).n_minibatches
+                if skip < n_minibatches:
+                    yield from self.labelled(i, skip)
+                skip = max(0, skip - n_minibatches)
 
         for minibatch, labelled in zip(self.full(epoch, start), cells(), strict=False):
             yield replace(minibatch, labelled=labelled)
@@ -576,7 +581,7 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         """As of any model; cells of other data that have other labels, or none, count as without one."""
         if data is None:
             return super()._data(None)
-        atlas, fields = as_atlas(data, layer=self.fields.layer), self.fields
+        atlas, fields = with_cells(as_atlas(data, layer=self.fields.layer)), self.fields
         labels = codes_of_known(atlas, fields.labels_key, fields.labels_categories, self.module.n_labels)
         return atlas, replace(resolve(replace(fields, labels_key=None), atlas), labels=labels)
 
@@ -596,7 +601,9 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         weights = None
         if self.config.balance_labels:
             weights = (1 / np.bincount(labels, minlength=self.module.n_labels).clip(1))[labels]
-        labelled = epochs(positions=training[has_label], weights=weights)
+        # Of several processes each has all that are labelled, few as they may be: the mean over them is that
+        # of one process.
+        labelled = epochs(positions=training[has_label], weights=weights, rank=0, world_size=1)
         return WithLabelled(epochs(positions=training), labelled)
 
     @property

@@ -380,6 +380,8 @@ class Atlas:
     # --- views ----------------------------------------------------------------------------------
 
     def __getitem__(self, index: Rows | tuple[Rows, Genes]) -> Atlas:
+        if isinstance(index, tuple) and len(index) != 2:
+            raise OptionError(f"an atlas is cells x genes: atlas[cells, genes], not {len(index)} indices")
         rows, genes = index if isinstance(index, tuple) else (index, slice(None))
         view = Atlas(self._source, path=self._path)
         view.registration = self.registration

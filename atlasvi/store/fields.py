@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from atlasvi.store.atlas import Atlas
 
 UNS_KEY = "atlasvi"
+# Of a covariate: the square of one that is larger leaves float32, and the likelihood with it.
+_LARGEST = 1e15
 Column: TypeAlias = "pd.Categorical | pd.api.extensions.ExtensionArray | NDArray[Any]"
 
 
@@ -250,6 +252,8 @@ def _choose_genes(atlas: Atlas, gene_mask: str | None) -> tuple[str, ...]:
                 f"var column {gene_mask!r} of {atlas.name} chooses none of {atlas.n_vars} genes; "
                 "choose at least one"
             )
+    if not len(names):
+        raise GenesError(f"{atlas.name} has no genes, as a view that chose none; choose at least one")
     index = pd.Index(names)
     if not index.is_unique:
         raise GenesError(
@@ -354,12 +358,12 @@ def _numbers(atlas: Atlas, key: str, *, positive: bool = False) -> NDArray[np.fl
             raise ObsError(f"obs column {key!r} of {atlas.name} must hold numbers: {error}") from error
     with np.errstate(over="ignore"):
         numbers: NDArray[np.float32] = column.astype(np.float32)
-    wrong = ~np.isfinite(numbers)
+    wrong = ~(np.abs(numbers) <= _LARGEST)
     if positive:
         wrong |= ~(numbers > 0)
     at = np.flatnonzero(wrong)
     if len(at):
-        need = "a finite number > 0" if positive else "a finite number"
+        need = f"a number {'> 0 and at most' if positive else 'between -1e+15 and'} {_LARGEST:g}"
         raise ObsError(
             f"obs column {key!r} of {atlas.name} is {column[at[0]]} at cell {str(atlas.obs_names[at[0]])!r} "
             f"({len(at)} such cells); every cell needs {need}. Correct them or leave them out"

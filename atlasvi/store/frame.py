@@ -107,6 +107,10 @@ def check_column(key: str, values: Any) -> None:
     is_plain = isinstance(values, np.ndarray) and values.dtype.kind in "biufcTU"
     if not (is_plain or isinstance(values, (pd.Categorical, pd.arrays.IntegerArray, pd.arrays.BooleanArray))):
         raise TypeError(f"column {key!r} of type {getattr(values, 'dtype', type(values).__name__)}")
+    if isinstance(values, pd.Categorical) and values.categories.dtype.kind not in "biuf":
+        levels = to_strings(np.asarray(values.categories))
+        if len(np.unique(levels)) < len(levels):
+            raise TypeError(f"column {key!r}, which has categories that read the same (1 and '1')")
 
 
 def write_column(group: Any, key: str, values: Any) -> None:

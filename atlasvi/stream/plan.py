@@ -15,6 +15,7 @@ never comes. Blocks without a cell that comes are not read.
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -303,9 +304,12 @@ def _draw_repeats(weights: NDArray[np.floating], n_rows: int, seed: int, epoch: 
     wrong = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
     if len(wrong):
         raise OptionError(f"weights must be finite and >= 0; that of cell {wrong[0]} is {weights[wrong[0]]}")
-    total = float(weights.sum(dtype=np.float64))
-    if not total > 0:
+    with np.errstate(over="ignore"):
+        total = float(weights.sum(dtype=np.float64))
+    if total == 0:
         raise OptionError("weights are 0 for all cells; give some cell a weight above 0")
+    if not n_rows / sys.float_info.max < total <= sys.float_info.max:
+        raise OptionError(f"weights come to {total} in sum, which numbers cannot hold; scale them to about 1")
     generator = _generator(seed, epoch, _WEIGHTS)
     repeats = np.empty(n_rows, np.uint32)
     for first in range(0, n_rows, _DRAWN_AT_ONCE):

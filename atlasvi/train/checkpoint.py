@@ -17,7 +17,7 @@ from atlasvi.files import plain_number, replacing_folder, settle
 from atlasvi.train.history import Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
 # Of a run's options, checksums of the data, and what another one means.
@@ -56,11 +56,13 @@ class Progress:
         """Whether there was a look since the last step."""
         return bool(self.checks) and self.checks[-1].step == self.step
 
-    def monitored(self, name: str) -> tuple[list[float], list[int]]:
-        """A column of the history, of looks if of validation, else of epochs; and after how many steps."""
-        if name.endswith("validation"):
+    def monitored(self, name: str, *, in_steps: bool = True) -> tuple[list[float], list[int]]:
+        """A column of the history, of looks if of validation, and after how many steps each; or of epochs."""
+        if in_steps and name.endswith("validation"):
             return [getattr(check, name) for check in self.checks], [check.step for check in self.checks]
-        return [getattr(record, name) for record in self.records], [record.step for record in self.records]
+        there = [record for record in self.records if getattr(record, name) is not None]
+        after = [record.step if in_steps else record.epoch + 1 for record in there]
+        return [getattr(record, name) for record in there], after
 
     def close_epoch(self, plan: TrainingPlan, lr: float) -> EpochRecord:
         """Make the record of the epoch under way, and begin the next."""

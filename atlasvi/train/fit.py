@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,13 +56,13 @@ class Listeners:
     """Who is told how it goes.
 
     Args:
-        start: called once, when nothing can refuse the run any more.
+        start: called once, when nothing can refuse the run any more, with what was done of it before.
         step: called after each step with ``(epoch, cells so far in the epoch, mean negative ELBO so far)``.
         epoch: called after each epoch with its record.
         check: called after each look at the cells kept for validation.
     """
 
-    start: Callable[[], None] | None = None
+    start: Callable[[Progress], None] | None = None
     step: Callable[[int, int, float], None] | None = None
     epoch: Callable[[EpochRecord], None] | None = None
     check: Callable[[Check], None] | None = None
@@ -170,6 +171,16 @@ class Run:
             set_state(self.module, self.average.values)
         self.module.eval()
 
+    @contextmanager
+    def saving_the_best(self) -> Iterator[None]:
+        """When training goes wrong inside, the weights of the best look, if there are any, are put back."""
+        try:
+            yield
+        except TrainingError:
+            if self.best:
+                self.finish()
+            raise
+
     def save(self) -> None:
         """Write a checkpoint, of several processes once."""
         assert self.checkpoints is not None
@@ -270,7 +281,7 @@ def fit(
     if checkpoints is not None and checkpoints.resume:
         run.load()
     if listeners.start is not None:
-        listeners.start()
+        listeners.start(run.progress)
     at = run.progress
     written = time.perf_counter()
     looks = steps_between_checks if validation is not None else None
@@ -285,14 +296,17 @@ def fit(
             listeners.check(found)
 
     def is_over() -> bool:
-        return early_stopping is not None and early_stopping.says_stop(*at.monitored(early_stopping.monitor))
+        if early_stopping is None:
+            return False
+        name, in_steps = early_stopping.monitor, early_stopping.in_steps
+        return early_stopping.says_stop(*at.monitored(name, in_steps=in_steps))
 
     def save() -> None:
         nonlocal written
         run.save()
         written = time.perf_counter()
 
-    with ranks.naming_the_lost(run.last_checkpoint):
+    with run.saving_the_best(), ranks.naming_the_lost(run.last_checkpoint):
         if look_first and at.step == 0:
             look()
         while at.epoch < max_epochs and not is_over():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from atlasvi.errors import OptionError
@@ -71,12 +74,12 @@ class TrainingPlan:
         """Refuse what cannot be."""
         if self.optimizer not in ("Adam", "AdamW"):
             raise OptionError(f"optimizer {self.optimizer!r} is not supported; use 'Adam' or 'AdamW'")
-        if not self.lr > 0:
-            raise OptionError(f"lr must be > 0, is {self.lr}")
-        if self.averaging is not None and not 0 <= self.averaging < 1:
-            raise OptionError(f"averaging must be in [0, 1), is {self.averaging}")
-        if self.n_steps_per_check is not None and self.n_steps_per_check < 1:
-            raise OptionError(f"n_steps_per_check must be at least 1, is {self.n_steps_per_check}")
+        for name, (least, most, says) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int | float | np.number) or not least <= float(value) <= most:
+                raise OptionError(f"{name} must be {says}, is {value!r}")
         if self.matmul_dtype not in ("float32", "bfloat16"):
             raise OptionError(f"matmul_dtype {self.matmul_dtype!r}: use 'float32' or 'bfloat16'")
         if self.min_kl_weight > self.max_kl_weight:
@@ -138,6 +141,21 @@ class TrainingPlan:
         )
 
 
+_ABOVE_0, _BELOW_1, _MOST = math.nextafter(0, 1), math.nextafter(1, 0), sys.float_info.max
+_RANGES = {
+    "lr": (_ABOVE_0, _MOST, "a number > 0"),
+    "averaging": (0, _BELOW_1, "in [0, 1)"),
+    "lr_factor": (0, _BELOW_1, "in [0, 1)"),
+    "batch_norm_momentum": (0, 1, "in [0, 1]"),
+    "n_steps_per_check": (1, _MOST, "at least 1"),
+    **dict.fromkeys(
+        ("weight_decay", "eps", "n_steps_kl_warmup", "n_epochs_kl_warmup", "min_kl_weight", "max_kl_weight",
+         "lr_patience", "lr_threshold", "lr_min", "n_steps_lr_warmup", "patience"),
+        (0, _MOST, "a number of at least 0"),
+    ),
+}  # fmt: skip
+_MAY_BE_NONE = {"averaging", "n_steps_per_check", "n_steps_kl_warmup", "n_epochs_kl_warmup", "patience"}
+
 # By name, as `train` takes them. What the numbers of the first come from is in docs/training.md.
 PLANS = {
     "adaptive": TrainingPlan(
@@ -154,7 +172,7 @@ class EarlyStopping:
 
     Args:
         monitor: a column of the history; lower is better.
-        patience: looks, which are epochs as scvi-tools counts them (validation runs each epoch); or steps.
+        patience: epochs, or steps.
         min_delta: nats a cell.
         in_steps: whether ``patience`` is in steps.
     """
@@ -165,13 +183,13 @@ class EarlyStopping:
     in_steps: bool = False
 
     def says_stop(self, values: list[float], steps: list[int] | None = None) -> bool:
-        """Whether to stop after these values, the latest last, and taken after so many steps each."""
+        """Whether to stop after these values, the latest last, and taken after so many epochs, or steps."""
         best, best_at, now = float("inf"), 0, 0
         for i, value in enumerate(values):
-            now = steps[i] if self.in_steps and steps is not None else i + 1
+            now = i + 1 if steps is None else steps[i]
             if value < best - self.min_delta:
                 best, best_at = value, now
-        return bool(values) and now - best_at >= self.patience
+        return now > best_at and now - best_at >= self.patience
 
 
 def adapted(plan: TrainingPlan, n_obs: int, batch_size: int) -> TrainingPlan:

@@ -111,13 +111,15 @@ def run(
     if weights is not None:
         upstream *= weights.numpy()
     indptr = counts.indptr.numpy()
+    with np.errstate(divide="ignore"):  # a theta that a diverging run has brought to 0
+        per_theta = none if own_row else 1 / theta_
 
     in_parallel(
         _rows, n_obs,
         indptr, counts.indices.to(torch.int32).numpy(), counts.data.float().numpy(),
         _longest(indptr),
         none if narrow else logits_.numpy(), library.detach().contiguous().numpy(), theta_,
-        none if own_row else 1 / theta_, theta_row, none if pi is None or narrow else pi.numpy(), upstream,
+        per_theta, theta_row, none if pi is None or narrow else pi.numpy(), upstream,
         kind, mean == "softmax", with_gradient, bias, pi_bias, _bits(logits_ if narrow else None),
         _bits(pi if narrow else None),
         log_p.numpy(), none if g_logits is None or narrow else g_logits.numpy(), g_library.numpy(), g_theta,

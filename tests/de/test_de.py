@@ -370,7 +370,7 @@ def test_intervals_are_the_shortest():
         (OptionError, "idx2 was given without", {"idx2": [1]}),
         (OptionError, "group1 is empty", {"groupby": "cell_type", "group1": []}),
         (OptionError, "n_samples_overall must be", {"groupby": "cell_type", "n_samples_overall": 0}),
-        (OptionError, "n_draws must be at least 1", {"groupby": "cell_type", "n_draws": 0}),
+        (OptionError, "n_draws must be a whole number of at least 1", {"groupby": "cell_type", "n_draws": 0}),
         (OptionError, "mode 'chang' is not one of", {"groupby": "cell_type", "mode": "chang"}),
         (OptionError, "fdr_target", {"groupby": "cell_type", "fdr_target": 0}),
         (OptionError, "delta must be", {"groupby": "cell_type", "mode": "change", "delta": -1}),

@@ -59,7 +59,7 @@ def test_calibration_refuses_what_cannot_be(model):
         model.calibration(groupby="cell_type")
     with pytest.raises(ObsError, match="no level 'TT'"):
         model.calibration(groupby="cell_type", group="TT")
-    with pytest.raises(OptionError, match="n_splits 0"):
+    with pytest.raises(OptionError, match="n_splits must be"):
         model.calibration(groupby="cell_type", group="T", n_splits=0)
 
 

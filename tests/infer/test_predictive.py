@@ -125,7 +125,7 @@ def test_a_likelihood_that_is_too_narrow_is_seen(adata):
 
 
 def test_what_cannot_be_is_refused(model):
-    with pytest.raises(OptionError, match="n_samples must be at least 1"):
+    with pytest.raises(OptionError, match="n_samples must be a whole number of at least 1"):
         model.posterior_predictive_check(n_samples=0)
     with pytest.raises(ObsError, match="lane"):
         model.posterior_predictive_check(groupby="lane")

@@ -81,5 +81,5 @@ def test_few_cells_and_equal_cells_have_scores_too():
 
 
 def test_no_draws_are_refused(model):
-    with pytest.raises(OptionError, match="n_samples must be at least 1, is 0"):
+    with pytest.raises(OptionError, match="n_samples must be a whole number of at least 1, is 0"):
         model.cell_quality(n_samples=0)

@@ -141,6 +141,8 @@ def test_what_cannot_be_is_refused(cells):
     other.var_names = [f"ENSG{g}" for g in range(80)]
     with pytest.raises(GenesError, match="none of the reference's 80 genes"):
         build(cells, other)
+    with pytest.raises(GenesError, match="of 2 genes that both have, none is left"):
+        build(cells, cells[:, :2].copy())
     with pytest.raises(OptionError, match="train_size"):
         train(build(cells), 1, train_size=1.0).calibrate()
     with pytest.raises(OptionError, match="no latent"):

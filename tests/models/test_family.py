@@ -138,6 +138,9 @@ def test_an_option_that_a_factor_model_has_no_use_for_is_refused(small_store, tm
         on_command_line("pca", small_store, tmp_path / "m", monkeypatch, "--lr", "0.1")
     assert end.value.code == 1
     assert "PCA has no use for --lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        on_command_line("gmvae", small_store, tmp_path / "m", monkeypatch, "--paper")
+    assert "--paper is the setting of scvi, not of gmvae" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TRAINED)

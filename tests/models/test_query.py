@@ -250,6 +250,13 @@ def test_a_query_that_is_not_in_memory_is_refused(adata, query, tmp_path):
     backed.file.close()
 
 
+def test_a_query_that_leaves_nothing_to_train_is_refused(adata):
+    model = SCVI.load_query_data(adata.copy(), make_reference(adata), freeze_batchnorm_decoder=True)
+    with pytest.raises(OptionError, match="there is nothing to train"):
+        train(model)
+    assert model.get_elbo() < 0
+
+
 def test_what_cannot_be_is_refused(adata, query):
     SCVI.setup_anndata(adata, batch_key="batch", gene_mask=None)
     with pytest.raises(NotTrainedError):

@@ -143,7 +143,7 @@ def test_what_cannot_be_is_refused(adata):
     with pytest.raises(NotTrainedError):
         SCVI(adata).refine_posterior()
     model = make(adata)
-    with pytest.raises(OptionError, match="max_epochs 0"):
+    with pytest.raises(OptionError, match="max_epochs must be"):
         model.refine_posterior(max_epochs=0)
     with pytest.raises(OptionError, match="did you mean 'lr'"):
         model.refine_posterior(plan_kwargs={"llr": 1})

@@ -159,7 +159,7 @@ def test_training_neither_ends_nor_is_undone_by_the_elbo(cells):
 def test_labelled_cells_come_with_every_minibatch_in_whatever_epoch(cells):
     model = build(cells)
     epochs = model._training_epochs(
-        lambda positions, weights=None: Epochs(
+        lambda positions, weights=None, **_: Epochs(
             model.atlas, model._codes, batch_size=16, positions=positions, weights=weights, num_workers=0
         ),
         np.arange(400),
@@ -184,12 +184,18 @@ def test_labels_can_come_equally_often(cells):
     cells.obs.loc[rare, "label"] = "Unknown"
     model = build(cells, balance_labels=True)
     epochs = model._training_epochs(
-        lambda positions, weights=None: Epochs(
+        lambda positions, weights=None, **_: Epochs(
             model.atlas, model._codes, batch_size=16, positions=positions, weights=weights, num_workers=0
         ),
         np.arange(400),
     )
     labels = np.concatenate([m.labelled.labels for epoch in range(20) for m in epochs(epoch)])
+    for epoch in range(4):  # rounds of balanced cells differ in length
+        whole = list(epochs(epoch))
+        for start in range(len(whole)):
+            tail = list(epochs(epoch, start))
+            for one, other in zip(whole[start:], tail, strict=True):
+                assert (one.labelled.rows == other.labelled.rows).all()
     shares = np.bincount(labels, minlength=3) / len(labels)
     np.testing.assert_allclose(shares, 1 / 3, atol=0.08)
 

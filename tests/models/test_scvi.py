@@ -1,5 +1,7 @@
 """The public class: what it takes, refuses, leaves alone and answers."""
 
+import inspect
+import re
 import warnings
 from functools import partial
 
@@ -521,3 +523,59 @@ def test_a_result_that_does_not_fit_is_refused_with_its_size(model, monkeypatch)
 def test_repr_says_what_it_is(model, adata):
     assert repr(model) == "SCVI(60 genes, 2 batches, trained 2 epochs)"
     assert "not trained" in repr(build(adata))
+
+
+# --- arguments that every question has ----------------------------------------------------------
+
+QUESTIONS = {
+    name: inspect.signature(getattr(SCVI, name)).parameters
+    for name in dir(SCVI)
+    if name[0] != "_" and inspect.isfunction(getattr(SCVI, name))
+}
+NEEDED = {
+    "differential_expression": {"groupby": "cell_type"},
+    "calibration": {"groupby": "cell_type", "group": "T", "n_cells": 20, "n_splits": 1},
+    "sample_prior": {"n_cells": 5},
+    "sample_neighbourhood": {"cell": 0, "n_cells": 5},
+}
+WRONG = {
+    "seed": (-1, 1.5, 1 << 62), "n_samples": (0, 2.5), "n_mc_samples": (0, 2.5), "batch_size": (0, 2.5),
+    "max_epochs": (0, 1.5),
+}  # fmt: skip
+IGNORED = re.compile(r"batch_size: ignored")
+
+
+def test_what_is_no_number_of_draws_or_no_seed_is_refused_everywhere(model, tmp_path):
+    seen = set()
+    for name, parameters in QUESTIONS.items():
+        needed = {"out": tmp_path / "x.zarr"} if name == "write_expression" else NEEDED.get(name, {})
+        for argument, values in WRONG.items():
+            if argument not in parameters:
+                continue
+            method = getattr(model, name)
+            if argument == "batch_size" and IGNORED.search(method.__doc__):
+                continue
+            if argument == "n_mc_samples" and name != "get_marginal_ll":
+                continue  # refused or ignored by name, as the docstring says
+            for value in values:
+                with pytest.raises(OptionError, match=argument):
+                    found = method(**needed, **{argument: value})
+                    list(found) if inspect.isgenerator(found) else found
+                seen.add((name, argument))
+    assert len(seen) > 30
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_a_view_without_cells_is_refused_everywhere(model, adata):
+    nobody = atlasvi.Atlas.from_anndata(adata)[[]]
+    asked = 0
+    for name, parameters in QUESTIONS.items():
+        if list(parameters)[1:2] != ["adata"] or name == "setup_anndata" or name.startswith("was_"):
+            continue
+        with pytest.raises(CellsError, match="no cells"):
+            found = getattr(model, name)(nobody, **NEEDED.get(name, {}))
+            list(found) if inspect.isgenerator(found) else found
+        asked += 1
+    assert asked >= 15
+    with pytest.raises(CellsError, match="no cells"):
+        atlasvi.publish(model, nobody, "nowhere.atlasvi")

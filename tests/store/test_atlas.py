@@ -226,6 +226,8 @@ def test_what_cannot_be_chosen_is_named(adata):
     atlas = Atlas.from_anndata(adata)
     with pytest.raises(CellsError, match="cells 300 was asked for but there are 300"):
         atlas[[0, 300]]
+    with pytest.raises(OptionError, match="not 3 indices"):
+        atlas[1, 2, 3]
     with pytest.raises(CellsError, match="a mask of 3 cells was given for 300"):
         atlas[np.array([True, False, True])]
     with pytest.raises(CellsError, match="by a slice, integers or a mask, not by float64"):

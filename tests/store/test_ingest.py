@@ -198,11 +198,13 @@ def test_what_is_not_carried_is_named(tmp_path):
     adata.varm["loadings"] = np.zeros((20, 2))
     adata.obsp["distances"] = sp.eye(60, format="csr")
     adata.obs["mixed"] = [1, "one"] * 30
+    adata.obs["alike"] = pd.Categorical.from_codes([0, 1] * 30, [1, "1"])
     adata.uns["odd"] = {"x": object()}
     adata.uns["fine"] = 3
     report = ingest(adata, tmp_path / "a.zarr")
     text = "\n".join(report.left_out)
-    for what in ("layers['spliced']", "varm['loadings']", "obsp['distances']", "obs['mixed']", "uns['odd']"):
+    left = ("layers['spliced']", "varm['loadings']", "obsp['distances']", "obs['mixed']", "uns['odd']")
+    for what in (*left, "obs['alike']"):
         assert what in text
     atlas = anndata.read_zarr(tmp_path / "a.zarr")
     assert atlas.uns["fine"] == 3 and "odd" not in atlas.uns and "mixed" not in atlas.obs

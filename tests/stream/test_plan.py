@@ -201,6 +201,12 @@ def test_with_weights_a_cell_comes_its_expected_number_of_times_rounded_up_or_do
         assert np.subtract(*plan.bounds(i)[::-1]) == len(plan.positions(i))
 
 
+@pytest.mark.parametrize("value", [0.0, 1e308, 5e-324])
+def test_weights_that_give_no_epoch_are_refused(value):
+    with pytest.raises(OptionError, match=r"weights (are 0|come to)"):
+        plan_epoch(40, batch_size=8, block_rows=8, seed=0, epoch=0, weights=np.full(40, value))
+
+
 def test_weights_are_right_on_average_over_epochs_and_every_epoch_differs():
     weights = np.random.default_rng(0).gamma(1.0, size=400)
     sizes = {"batch_size": 64, "block_rows": 32, "n_lanes": 4, "seed": 1, "weights": weights}

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from atlasvi.errors import ModelError, OptionError, TrainingError, VersionError
+from atlasvi.errors import ModelError, NotTrainedError, OptionError, TrainingError, VersionError
 from atlasvi.models import base
 from atlasvi.models.scvi import SCVI
 from atlasvi.stream import Room
 from atlasvi.stream.on_device import OnDevice
+from atlasvi.train.average import floating_state
 from atlasvi.train.history import CsvLog
 
 EPOCHS = 4
@@ -440,7 +441,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rows_and_checkpoint(
     assert "64 in all" in message
     assert f"the last good checkpoint is {str(run)!r}" in message
     assert "\n" not in message
-    assert_same(seen["weights"], parameters(model))
     assert json.loads((run / "state.json").read_text())["progress"]["step"] == 5
 
 
@@ -475,6 +475,57 @@ def test_a_gradient_that_is_not_finite_makes_no_checkpoint_of_its_weights(make, 
     assert json.loads((run / "state.json").read_text())["progress"]["step"] == 5
 
 
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_training_that_goes_wrong_leaves_the_weights_of_the_best_look(step, make, monkeypatch):
+    model, looks = make(), []
+    poison_loss_at(model, monkeypatch, step)
+
+    def look(check):
+        state = floating_state(model.module)
+        looks.append((check.elbo_validation, {name: value.clone() for name, value in state.items()}))
+
+    with pytest.raises(TrainingError, match="the model has the weights of the best look"):
+        train(model, on_check=look, plan_kwargs={"averaging": None, "n_steps_per_check": 2})
+    assert model.is_trained and len(model.records) == step // 5
+    assert len(looks) == (1 if step == 3 else 7)
+    kept = floating_state(model.module)
+    for name, value in min(looks, key=lambda look: look[0])[1].items():
+        assert torch.equal(kept[name], value), name
+    assert model.get_elbo() < 0
+
+
+def test_a_model_with_weights_that_are_no_numbers_neither_answers_nor_is_saved(make, tmp_path):
+    model = train(make(), 2)
+
+    def poison(record):
+        next(model.module.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(TrainingError):
+        train(model, 2, schedule="scvi-tools", on_epoch=poison)
+    with pytest.raises(NotTrainedError):
+        model.get_elbo()
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_was_learnt_stays_when_a_further_training_is_stopped(make):
+    model = train(make(), 8)
+    before, elbo = parameters(model), model.get_elbo()
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    still = {"plan_kwargs": {"lr": 1e-12}}
+    with pytest.raises(KeyboardInterrupt):
+        model.train(2, batch_size=8, on_check=stop, enable_progress_bar=False, **still)
+    assert model.is_trained and not model.records
+    assert model.get_elbo() == pytest.approx(elbo, rel=0.02)
+    train(model, 1, **still)
+    for name, value in parameters(model).items():  # the decoder does not start again at the genes' shares
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+
+
 def test_a_weight_that_is_nan_is_seen_at_the_first_step(make):
     model = make()
     with torch.no_grad():
@@ -491,6 +542,19 @@ def test_early_stopping_stops_and_the_history_ends_there(make):
     model = train(make(), 30, early_stopping=True, early_stopping_patience=2, early_stopping_min_delta=1e9)
     # The first epoch is a gain over nothing; two without follow.
     assert len(model.history["elbo_validation"]) == 3
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 2), (1, 2), (4, 5)])
+def test_patience_is_in_epochs_however_often_there_are_looks(patience, epochs, make):
+    model = make()
+    model.train(
+        30, batch_size=8, early_stopping=True, early_stopping_patience=patience,
+        early_stopping_min_delta=1e9, enable_progress_bar=False,
+    )  # fmt: skip
+    assert len(model.records) == epochs
+    assert len(model.checks) > len(model.records)
+    with pytest.raises(OptionError, match="early_stopping_patience must be 0 or more"):
+        train(model, 1, early_stopping_patience=-1)
 
 
 def test_early_stopping_by_a_training_term_needs_no_cells_kept(make):
