@@ -43,6 +43,21 @@ print("DONE", model.records[-1].elbo_train, model.records[-1].elbo_validation)
 """
 
 
+LABELLED = """
+import sys
+import torch
+import atlasvi
+torch.set_num_threads(1)
+store, out = sys.argv[1:]
+atlas = atlasvi.open(store)
+atlasvi.SCANVI.setup_anndata(atlas, "label", "Unknown", batch_key="batch", gene_mask=None)
+model = atlasvi.SCANVI(atlas, n_hidden=16, n_latent=3, balance_labels=True)
+model.train(2, batch_size=32, train_size=0.8, enable_progress_bar=False, memory_budget=1 << 18)
+model.save(out, overwrite=True)
+print("DONE", model.records[-1].elbo_train, model.records[-1].train_loss_epoch)
+"""
+
+
 @pytest.fixture
 def store(adata, tmp_path):
     ingest(adata, tmp_path / "atlas.zarr")
@@ -103,6 +118,20 @@ def test_two_processes_of_which_one_is_killed_and_one_or_two_go_on_come_to_the_w
         weights = load_file(tmp_path / name / "weights.safetensors")
         for key in whole:
             torch.testing.assert_close(whole[key], weights[key], rtol=2e-2, atol=2e-3, msg=f"{name} {key}")
+
+
+def test_two_processes_share_labelled_cells_that_are_too_few_for_two(adata, tmp_path):
+    adata.obs["label"] = ["Unknown" if i % 10 else kind for i, kind in enumerate(adata.obs["cell_type"])]
+    ingest(adata, tmp_path / "atlas.zarr")
+    script = tmp_path / "script.py"
+    script.write_text(LABELLED)
+    (one,) = run(script, 1, tmp_path / "atlas.zarr", tmp_path / "one")
+    two = run(script, 2, tmp_path / "atlas.zarr", tmp_path / "two")
+    assert two[0] == two[1]
+    assert two[0] == pytest.approx(one, rel=1e-4)
+    whole, shared = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    for key in whole:
+        torch.testing.assert_close(whole[key], shared[key], rtol=2e-2, atol=2e-3, msg=key)
 
 
 def test_of_one_process_nothing_is_summed():
