@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlasvi.de.ask import Question, differential_expression
 from atlasvi.de.groups import Groups
-from atlasvi.errors import CellsError, OptionError
+from atlasvi.errors import CellsError
 from atlasvi.progress import Advance
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ def calibration(
     advance: Advance,
 ) -> pd.DataFrame:
     """The body of `CountModel.calibration`, which says what the arguments are; ``cells`` are the group's."""
-    for name, value in (("n_splits", n_splits), ("n_cells", n_cells)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise OptionError(f"{name} must be a whole number of at least 1, is {value!r}")
     if len(cells) < 2 * n_cells:
         raise CellsError(
             f"{len(cells)} cells are too few to compare {n_cells} of them with {n_cells} others; choose a "

@@ -1041,6 +1041,7 @@ class Answers(Model[Config, Module]):
             >>> len(found), int(found["n_called"].max())
             (2, 0)
         """
+        n_splits = at_least_one("n_splits", n_splits)
         self._must_decode()
         atlas, codes = self._data(adata)
         chosen = idx if idx is None or isinstance(idx, str) else cell_positions(idx, atlas.n_obs)

@@ -433,7 +433,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rows_and_checkpoint(
     # 270 cells in minibatches of 64 are 5 steps an epoch; step 7 is in the second.
     seen = poison_loss_at(model, monkeypatch, 7, value)
     with pytest.raises(TrainingError) as raised:
-        train(model, checkpoint=run, checkpoint_every_seconds=0.0)
+        # Without early stopping no best weights are kept, to be put back.
+        train(model, checkpoint=run, checkpoint_every_seconds=0.0, early_stopping=False)
     message = str(raised.value)
     assert "step 7" in message
     assert "epoch 1" in message
@@ -441,6 +442,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rows_and_checkpoint(
     assert "64 in all" in message
     assert f"the last good checkpoint is {str(run)!r}" in message
     assert "\n" not in message
+    assert_same(seen["weights"], parameters(model))
     assert json.loads((run / "state.json").read_text())["progress"]["step"] == 5
 
 
