@@ -39,7 +39,7 @@ model.train(
     early_stopping=False, checkpoint=out + "-run", checkpoint_every_seconds=0.0, resume=resume == "resume",
 )
 model.save(out, overwrite=True)
-print("DONE", model.records[-1].elbo_train, model.records[-1].elbo_validation)
+print(f"DONE {model.records[-1].elbo_train} {model.records[-1].elbo_validation}\\n", end="")
 """
 
 
@@ -54,7 +54,7 @@ atlasvi.SCANVI.setup_anndata(atlas, "label", "Unknown", batch_key="batch", gene_
 model = atlasvi.SCANVI(atlas, n_hidden=16, n_latent=3, balance_labels=True)
 model.train(2, batch_size=32, train_size=0.8, enable_progress_bar=False, memory_budget=1 << 18)
 model.save(out, overwrite=True)
-print("DONE", model.records[-1].elbo_train, model.records[-1].train_loss_epoch)
+print(f"DONE {model.records[-1].elbo_train} {model.records[-1].train_loss_epoch}\\n", end="")
 """
 
 
@@ -65,6 +65,11 @@ def store(adata, tmp_path):
 
 
 def run(script, n, *arguments):
+    """The numbers that each of `n` processes printed last.
+
+    A script prints its line in one piece: ``torchrun`` starts Python unbuffered, where each argument of
+    `print` is a write of its own, and those of two processes mix.
+    """
     command = [sys.executable, str(script), *map(str, arguments)]
     if n > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={n}", "--standalone"]
@@ -72,7 +77,9 @@ def run(script, n, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [[float(x) for x in line.split()[1:]] for line in done.stdout.splitlines() if "DONE" in line]
+    said = [[float(x) for x in line.split()[1:]] for line in done.stdout.splitlines() if "DONE" in line]
+    assert len(said) == n, done.stdout
+    return said
 
 
 def alone(script, *arguments):
