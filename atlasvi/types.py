@@ -237,12 +237,15 @@ class LossTerms:
         reconstruction: ``(B,)``, -log p(x | z, l), without gradient.
         kl_z: ``(B,)``, KL(q(z|x) || p(z)), without gradient.
         kl_library: ``(B,)``, KL of the latent library size (0 where it is observed), without gradient.
+        classification: ``(L,)``, weighted cross-entropy of the L cells that have a label, without gradient;
+            its mean is part of ``total``.
     """
 
     total: torch.Tensor
     reconstruction: torch.Tensor
     kl_z: torch.Tensor
     kl_library: torch.Tensor
+    classification: torch.Tensor | None = None
 
     @property
     def elbo(self) -> torch.Tensor:

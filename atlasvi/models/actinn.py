@@ -295,7 +295,7 @@ class ACTINN(CountModel[ACTINNConfig, ACTINNModule]):
         best[probabilities.max(1) < threshold] = unknown
         return best
 
-    def _default_epochs(self, n_obs: int) -> int:
+    def _default_epochs(self, n_obs: int, plan: TrainingPlan) -> int:
         return 50  # as published
 
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:

@@ -70,6 +70,9 @@ class CountModel(Answers[Config, Module]):
         needs_library: whether the module wants the library sizes' moments.
     """
 
+    # What training is stopped by, and the best weights are told by.
+    monitor = "elbo_validation"
+
     def train(
         self,
         max_epochs: int | None = None,
@@ -84,7 +87,7 @@ class CountModel(Answers[Config, Module]):
         *,
         schedule: str | None = None,
         precision: str = "float32",
-        early_stopping_monitor: str = "elbo_validation",
+        early_stopping_monitor: str | None = None,
         early_stopping_patience: int | None = None,
         early_stopping_min_delta: float = 0.0,
         check_val_every_n_epoch: int = 1,
@@ -116,10 +119,11 @@ class CountModel(Answers[Config, Module]):
             plan_kwargs: options of `TrainingPlan`: ``lr``, ``n_epochs_kl_warmup``, ...
             schedule: ``"adaptive"``, which looks at the cells kept for validation every few steps, stops when
                 they no longer gain and keeps the best weights, or ``"scvi-tools"``; ``None``: that of
-                ``model.plan``, adaptive unless the model has its own, as `SCVI.paper` and `SCANVI`.
+                ``model.plan``, adaptive unless the model has its own, as `SCVI.paper`.
             precision: ``"float32"``, or ``"bf16"``: the factors of the large matrix products are rounded to
                 bfloat16, while weights, sums and likelihood stay float32.
-            early_stopping_monitor: a column of ``history``.
+            early_stopping_monitor: a column of ``history``, lower is better; ``None``: ``"elbo_validation"``,
+                of `SCANVI` ``"validation_loss"``, in which labels count.
             early_stopping_patience: epochs without gain; as the schedule has it when ``None``.
             early_stopping_min_delta: nats.
             check_val_every_n_epoch: epochs from one validation to the next.
@@ -145,7 +149,8 @@ class CountModel(Answers[Config, Module]):
         if check_val_every_n_epoch < 1:
             raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
         atlas, codes = self._data(None)
-        max_epochs = self._default_epochs(atlas.n_obs) if max_epochs is None else max_epochs
+        plan = self._plan(schedule, precision).with_options(plan_kwargs)
+        max_epochs = self._default_epochs(atlas.n_obs, plan) if max_epochs is None else max_epochs
         max_epochs = at_least_one("max_epochs", max_epochs)
         if batch_size != "auto" and (not isinstance(batch_size, int | np.integer) or batch_size < 3):
             raise OptionError(f"batch_size must be a whole number of 3 or more, or 'auto', is {batch_size!r}")
@@ -154,15 +159,15 @@ class CountModel(Answers[Config, Module]):
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         terms = ("elbo", "reconstruction_loss", "kl_local")
-        monitors = [f"{term}_{part}" for term in terms for part in ("validation", "train")]
-        one_of("early_stopping_monitor", early_stopping_monitor, monitors)
+        of_validation = ["validation_loss", *(f"{term}_validation" for term in terms)]
+        monitor = self.monitor if early_stopping_monitor is None else early_stopping_monitor
+        one_of("early_stopping_monitor", monitor, [*of_validation, *(f"{term}_train" for term in terms)])
         split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, held_out, _ = split_cells(**split)
-        if early_stopping and early_stopping_monitor.endswith("validation") and not len(held_out):
+        if early_stopping and monitor in of_validation and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         if early_stopping_patience is not None and early_stopping_patience < 0:
             raise OptionError(f"early_stopping_patience must be 0 or more, is {early_stopping_patience}")
-        plan = self._plan(schedule, precision).with_options(plan_kwargs)
         if early_stopping is None:
             early_stopping = plan.patience is not None and len(held_out) > 0
         if plan.n_steps_per_check is not None and len(held_out) > MOST_LOOKED_AT:
@@ -222,7 +227,6 @@ class CountModel(Answers[Config, Module]):
             bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,
             frozen(self.module, self._freeze),
         ):
-
             origin = self.origin
 
             def at_start(progress: Progress) -> None:
@@ -257,9 +261,7 @@ class CountModel(Answers[Config, Module]):
                     max_epochs=max_epochs,
                     seed=seed,
                     device=device,
-                    early_stopping=EarlyStopping(
-                        early_stopping_monitor, patience, early_stopping_min_delta, in_steps
-                    )
+                    early_stopping=EarlyStopping(monitor, patience, early_stopping_min_delta, in_steps)
                     if early_stopping
                     else None,
                     validate_every=check_val_every_n_epoch,
@@ -353,7 +355,7 @@ class CountModel(Answers[Config, Module]):
         """Epochs of the cells to train on, with whatever a model wants beside them."""
         return epochs(positions=training)
 
-    def _default_epochs(self, n_obs: int) -> int:
+    def _default_epochs(self, n_obs: int, plan: TrainingPlan) -> int:
         return default_epochs(n_obs)
 
     @property

@@ -51,7 +51,7 @@ from atlasvi.store.fields import (
     uns_entry,
 )
 from atlasvi.stream import Epochs
-from atlasvi.train.schedule import PLANS, default_epochs
+from atlasvi.train.schedule import TrainingPlan, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
@@ -212,18 +212,28 @@ class SCANVIModule(SCVIModule):
         latent = qz.log_prob(z) + cross
         total = (reconstruction + latent + weights.kl * (divergence + kl_library)).mean()
         total = total + self.penalty(z, minibatch)
-        if minibatch.labelled is not None:
-            total = total + self.config.classification_ratio * self.classification_loss(
-                minibatch.labelled, noise
-            )
+        classification = self.classification_loss(minibatch, qz.loc, noise)
+        if len(classification):
+            total = total + classification.mean()
         kl_z = (latent + divergence).detach()
-        return LossTerms(total, reconstruction.detach(), kl_z, kl_library.detach())
+        return LossTerms(total, reconstruction.detach(), kl_z, kl_library.detach(), classification.detach())
 
-    def classification_loss(self, labelled: Minibatch, noise: Noise) -> torch.Tensor:
-        """Cross-entropy of cells that have labels, in nats."""
-        noise = Noise(noise.seed, noise.step, labelled.rows)
-        logits = self.classifier(self.encode(labelled, noise).loc, noise)
-        return F.cross_entropy(logits, labelled.labels)
+    def classification_loss(self, minibatch: Minibatch, loc: torch.Tensor, noise: Noise) -> torch.Tensor:
+        """``(L,)`` weighted cross-entropy of the labelled cells that come with a minibatch, in nats.
+
+        Outside of training none come with it: it is that of the cells with labels in the minibatch itself,
+        whose means of q(z|x) are ``loc``.
+        """
+        if minibatch.labelled is not None:
+            labels = minibatch.labelled.labels
+            noise = Noise(noise.seed, noise.step, minibatch.labelled.rows)
+            logits = self.classifier(self.encode(minibatch.labelled, noise).loc, noise)
+        elif not self.training:
+            known = minibatch.labels < self.n_labels
+            labels, logits = minibatch.labels[known], self.classifier(loc[known], None)
+        else:  # a query without labels
+            return loc.new_zeros(0)
+        return self.config.classification_ratio * F.cross_entropy(logits, labels, reduction="none")
 
 
 class WithLabelled:
@@ -261,8 +271,9 @@ class WithLabelled:
 class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
 
-    The defaults are scvi-tools', the schedule of training among them. The model is at the head of this file;
-    Xu et al. 2021.
+    The defaults are scvi-tools' but for the schedule of training, which is told by ``validation_loss``: (5)
+    and the cross-entropy of the cells kept for validation. The model is at the head of this file; Xu et al.
+    2021.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -301,6 +312,9 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
 
     config_type = SCANVIConfig
     module_type = SCANVIModule
+    # The ELBO says nothing of the labels: after a pretrained SCVI it is best when the classifier has hardly
+    # learnt.
+    monitor = "validation_loss"
 
     def __init__(
         self,
@@ -337,9 +351,6 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             balance_labels=balance_labels,
         )  # fmt: skip
         super().__init__(adata, config, needs_library=not use_observed_lib_size)
-        # Adaptive training keeps the weights of the best ELBO, which says nothing of the labels: after a
-        # pretrained SCVI that is soon, with a classifier that has hardly learnt.
-        self.plan = PLANS["scvi-tools"]
 
     @classmethod
     def setup_anndata(  # type: ignore[override]
@@ -610,10 +621,11 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     def _starts_afresh(self) -> bool:
         return not (self.is_trained or self._was_pretrained)
 
-    def _default_epochs(self, n_obs: int) -> int:
+    def _default_epochs(self, n_obs: int, plan: TrainingPlan) -> int:
         most = default_epochs(n_obs)
-        # Of a model that is mostly trained already, scvi-tools' rule.
-        return min(10, max(2, round(most / 3))) if self._was_pretrained else most
+        # Of a model that is mostly trained already, scvi-tools' rule, unless training ends by itself.
+        ends_late = self._was_pretrained and plan.patience is None
+        return min(10, max(2, round(most / 3))) if ends_late else most
 
 
 def with_unlabeled(fields: FieldMap, unlabeled_category: str) -> FieldMap:

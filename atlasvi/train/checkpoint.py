@@ -17,7 +17,7 @@ from atlasvi.files import plain_number, replacing_folder, settle
 from atlasvi.train.history import Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
-FORMAT = 4
+FORMAT = 5
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 AVERAGE, BEST = "average.safetensors", "best.safetensors"
 # Of a run's options, checksums of the data, and what another one means.
@@ -58,7 +58,7 @@ class Progress:
 
     def monitored(self, name: str, *, in_steps: bool = True) -> tuple[list[float], list[int]]:
         """A column of the history, of looks if of validation, and after how many steps each; or of epochs."""
-        if in_steps and name.endswith("validation"):
+        if in_steps and hasattr(Check, name):
             return [getattr(check, name) for check in self.checks], [check.step for check in self.checks]
         there = [record for record in self.records if getattr(record, name) is not None]
         after = [record.step if in_steps else record.epoch + 1 for record in there]
@@ -73,7 +73,7 @@ class Progress:
             None if look is None else look.reconstruction_loss_validation,
             None if look is None else look.kl_local_validation,
             plan.kl_weight(self.epoch, max(self.step - 1, 0)), lr, self.seconds,
-            self.sums.n / max(self.seconds, 1e-9), self.step,
+            self.sums.n / max(self.seconds, 1e-9), self.step, None if look is None else look.validation_loss,
         )  # fmt: skip
         self.records.append(record)
         self.epoch, self.minibatch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, TermSums()

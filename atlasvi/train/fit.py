@@ -149,12 +149,13 @@ class Run:
                 found = evaluate(self.module, validation, seed=self.seed, device=self.device)
         self.module.train()
         at = self.progress
-        at.checks.append(Check(at.step, self.elapsed, *found.means()[1:]))
+        loss, *terms = found.means()
+        at.checks.append(Check(at.step, self.elapsed, *terms, loss))
         return at.checks[-1]
 
-    def keep_best(self) -> None:
+    def keep_best(self, monitor: str) -> None:
         """Keep the weights of the last look if no look before was better."""
-        values, _ = self.progress.monitored("elbo_validation")
+        values, _ = self.progress.monitored(monitor)
         if values[-1] <= min(values):
             state = floating_state(self.module) if self.average is None else self.average.values
             if self.best:  # in their own memory, not in that of a second copy
@@ -286,12 +287,15 @@ def fit(
     written = time.perf_counter()
     looks = steps_between_checks if validation is not None else None
     restores = early_stopping is not None and early_stopping.in_steps
+    best_by = "elbo_validation"
+    if early_stopping is not None and hasattr(Check, early_stopping.monitor):
+        best_by = early_stopping.monitor
 
     def look() -> None:
         assert validation is not None
         found = run.check(validation())
         if restores:
-            run.keep_best()
+            run.keep_best(best_by)
         if listeners.check is not None:
             listeners.check(found)
 

@@ -35,6 +35,7 @@ class EpochRecord:
     seconds: float
     cells_per_second: float
     step: int = 0
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Check:
         elbo_validation: negative ELBO at full KL weight.
         reconstruction_loss_validation: its first term.
         kl_local_validation: its second.
+        validation_loss: what training minimises, at full KL weight: where the model classifies, with the
+            cross-entropy of the cells among these that have a label.
     """
 
     step: int
@@ -54,16 +57,18 @@ class Check:
     elbo_validation: float
     reconstruction_loss_validation: float
     kl_local_validation: float
+    validation_loss: float | None = None  # not in the folders of earlier versions
 
 
 class TermSums:
-    """Running sums of `LossTerms` over cells.
+    """Running sums of `LossTerms` over cells, and over labelled ones; the same however the cells are cut.
 
     Args:
-        values: of cells, loss, negative ELBO, reconstruction and KL so far.
+        values: of cells, loss but for the classification, negative ELBO, reconstruction, KL, labelled cells
+            and their classification so far.
     """
 
-    def __init__(self, values: Sequence[float] = (0.0,) * 5) -> None:
+    def __init__(self, values: Sequence[float] = (0.0,) * 7) -> None:
         self.values = torch.tensor(values, dtype=torch.float64)
 
     def add(self, terms: LossTerms) -> None:
@@ -75,8 +80,14 @@ class TermSums:
         reconstruction = terms.reconstruction.sum(dtype=torch.float64)
         kl_sum = kl.sum(dtype=torch.float64)
         loss = terms.total.detach().double() * n
-        cells = torch.full_like(loss, n)
-        added = torch.stack([cells, loss, reconstruction + kl_sum, reconstruction, kl_sum])
+        n_labelled = 0 if terms.classification is None else len(terms.classification)
+        classification = torch.zeros_like(loss)
+        if terms.classification is not None and n_labelled:
+            classification = terms.classification.sum(dtype=torch.float64)
+            loss = loss - n * classification / n_labelled
+        counts = torch.stack([torch.full_like(loss, n), torch.full_like(loss, n_labelled)])
+        sums = torch.stack([loss, reconstruction + kl_sum, reconstruction, kl_sum])
+        added = torch.cat([counts[:1], sums, counts[1:], classification[None]])
         self.values = self.values.to(added.device) + added
 
     def over_all_ranks(self) -> TermSums:
@@ -92,9 +103,9 @@ class TermSums:
 
     def means(self) -> tuple[float, float, float, float]:
         """``(loss, elbo, reconstruction, kl)`` a cell."""
-        n, *sums = self.values.tolist()
+        n, *sums, n_labelled, classification = self.values.tolist()
         loss, elbo, reconstruction, kl = (value / max(n, 1.0) for value in sums)
-        return loss, elbo, reconstruction, kl
+        return loss + classification / max(n_labelled, 1.0), elbo, reconstruction, kl
 
 
 def to_frame(checks: Sequence[Check]) -> pd.DataFrame:

@@ -41,6 +41,15 @@ def test_sums_are_means_over_cells_and_not_over_minibatches():
     assert sums.means() == pytest.approx((2.0, 12.0, 2.0, 10.0))
 
 
+def test_labelled_cells_count_alike_in_whatever_minibatch():
+    sums = TermSums()
+    for n, value, classification in ((3, 1.0, [6.0, 2.0]), (1, 5.0, []), (4, 0.0, [1.0])):
+        each, labels = torch.full((n,), value), torch.tensor(classification)
+        total = torch.tensor(value) + (labels.mean() if len(labels) else 0)
+        sums.add(LossTerms(total, each, 0 * each, 0 * each, labels))
+    assert sums.means() == pytest.approx((1.0 + 3.0, 1.0, 1.0, 0.0))
+
+
 def read(path):
     with path.open() as file:
         return list(csv.DictReader(file))
