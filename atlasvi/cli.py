@@ -299,8 +299,8 @@ def train(
     if not (overwrite or resume) and ((out / DESCRIPTION).exists() or (out / CHECKPOINT).exists()):
         raise ModelError(f"there is a model or a run in {str(out)!r}; pass --resume to go on, or --overwrite")
     # The log of a model that is there stays with it until there is another model.
-    coming = out / NEW_LOG
-    log = coming if (out / DESCRIPTION).exists() and (not resume or coming.exists()) else out / LOG
+    log = out / (NEW_LOG if (out / DESCRIPTION).exists() else LOG)
+    earlier = log if log.exists() else out / LOG
     data = _open(atlases, layer)
     more = {} if unlabeled_category is None else {"unlabeled_category": unlabeled_category}
     kind.setup_anndata(
@@ -314,7 +314,7 @@ def train(
         _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
         trained.train(
             max_epochs, train_size, seed=seed, memory_budget=memory_budget,
-            on_epoch=CsvLog(log, append=False),
+            on_epoch=CsvLog(log),
         )  # fmt: skip
     else:
         trained.train(
@@ -324,7 +324,7 @@ def train(
             schedule="scvi-tools" if paper and schedule is None else schedule,
             plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
             checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-            memory_budget=memory_budget, on_epoch=CsvLog(log, append=resume),
+            memory_budget=memory_budget, on_epoch=CsvLog(log, after=earlier if resume else None),
         )  # fmt: skip
     trained.save(out, overwrite=True)
     last = trained.records[-1]

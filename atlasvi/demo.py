@@ -75,7 +75,7 @@ def make(out: Path, *, n_obs: int, n_vars: int, max_epochs: int, seed: int) -> R
             batch_size=BATCH_SIZE,
             seed=seed,
             checkpoint=out / "model" / CHECKPOINT,
-            on_epoch=CsvLog(out / "model" / LOG, append=False),
+            on_epoch=CsvLog(out / "model" / LOG),
         )
         model.save(out / "model", overwrite=True)
     with watch.step("latents", "into obsm['X_scVI'] of the store"), bar("latent", n_obs, "cells") as advance:

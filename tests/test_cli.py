@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from atlasvi.cli import main
 from atlasvi.models.scvi import SCVI
 from atlasvi.scorecard import QUICK, evaluate
+from atlasvi.train.fit import Run
 from tests.conftest import make_adata
 
 COMMANDS = ["ingest", "info", "train", "latent", "decode", "impute", "publish", "serve", "de", "convert"]
@@ -458,6 +459,32 @@ def test_ctrl_c_leaves_130_and_whole_files(made, tmp_path):
     load_file(out / "checkpoint" / "weights.safetensors")
     assert len(state["progress"]["records"]) <= len((out / "history.csv").read_text().splitlines()) - 1
     assert snapshot(folder / "atlas.zarr") == atlas
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch_goes_on_beside_the_model_that_it_is_to_replace(
+    made, command_here, tmp_path, monkeypatch
+):
+    out = tmp_path / "m"
+    how = ["train", made[0] / "atlas.zarr", "-o", out, "--batch-key", "batch", "--max-epochs", 2, *SMALL]
+    assert command_here(*how).returncode == 0
+    old, step = (out / "history.csv").read_bytes(), Run.step
+
+    again = [*how, "--seed", 1, "--checkpoint-every", 1e-9]
+    for how_far, option in ((3, "--overwrite"), (6, "--resume")):  # of 5 steps an epoch
+
+        def stopped(run, minibatch, how_far=how_far):
+            if run.progress.step == how_far:
+                raise OSError
+            return step(run, minibatch)
+
+        monkeypatch.setattr(Run, "step", stopped)
+        assert command_here(*again, option).returncode == 1
+        assert json.loads((out / "checkpoint" / "state.json").read_text())["progress"]["step"] == how_far
+        assert (out / "history.csv").read_bytes() == old
+    monkeypatch.setattr(Run, "step", step)
+    assert command_here(*again, "--resume").returncode == 0
+    assert (out / "history.csv").read_bytes() != old
+    assert len((out / "history.csv").read_text().splitlines()) == 3
 
 
 def test_a_training_that_fails_leaves_the_model_that_it_was_to_replace(made, command_here, tmp_path):

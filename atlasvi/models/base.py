@@ -71,7 +71,7 @@ class CountModel(Answers[Config, Module]):
     """
 
     # What training is stopped by, and the best weights are told by.
-    monitor = "elbo_validation"
+    _monitor = "elbo_validation"
 
     def train(
         self,
@@ -160,7 +160,7 @@ class CountModel(Answers[Config, Module]):
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         terms = ("elbo", "reconstruction_loss", "kl_local")
         of_validation = ["validation_loss", *(f"{term}_validation" for term in terms)]
-        monitor = self.monitor if early_stopping_monitor is None else early_stopping_monitor
+        monitor = self._monitor if early_stopping_monitor is None else early_stopping_monitor
         one_of("early_stopping_monitor", monitor, [*of_validation, *(f"{term}_train" for term in terms)])
         split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, held_out, _ = split_cells(**split)

@@ -314,7 +314,7 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     module_type = SCANVIModule
     # The ELBO says nothing of the labels: after a pretrained SCVI it is best when the classifier has hardly
     # learnt.
-    monitor = "validation_loss"
+    _monitor = "validation_loss"
 
     def __init__(
         self,

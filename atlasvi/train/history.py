@@ -130,15 +130,15 @@ class CsvLog:
 
     Args:
         path: the file.
-        append: keep the epochs that are there, up to the first one that comes again.
+        after: a log whose epochs are kept, up to the first one that comes again.
     """
 
-    def __init__(self, path: Path, *, append: bool) -> None:
+    def __init__(self, path: Path, *, after: Path | None = None) -> None:
         self.path = path
         self.header = ",".join(field.name for field in fields(EpochRecord))
         self.lines: list[str] = []
-        if append and path.is_file():
-            self.lines = path.read_text().splitlines()[1:]
+        if after is not None and after.is_file():
+            self.lines = after.read_text().splitlines()[1:]
 
     def __call__(self, record: EpochRecord) -> None:
         """Write the file with this epoch as its last."""

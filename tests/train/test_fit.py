@@ -192,8 +192,8 @@ def test_the_log_of_a_resumed_run_has_each_epoch_once(make, tmp_path):
     log = tmp_path / "history.csv"
     checkpoint = {"checkpoint": tmp_path / "run", "checkpoint_every_seconds": 0.0}
     with pytest.raises(Killed):
-        train(make(), **checkpoint, on_epoch=kill_at(2, CsvLog(log, append=False)))
-    train(make(), **checkpoint, resume=True, on_epoch=CsvLog(log, append=True))
+        train(make(), **checkpoint, on_epoch=kill_at(2, CsvLog(log)))
+    train(make(), **checkpoint, resume=True, on_epoch=CsvLog(log, after=log))
     assert [line.split(",")[0] for line in log.read_text().splitlines()[1:]] == ["0", "1", "2", "3"]
 
 

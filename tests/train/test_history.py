@@ -56,7 +56,7 @@ def read(path):
 
 
 def test_the_log_can_be_read_after_each_epoch(tmp_path):
-    log = CsvLog(tmp_path / "new" / "history.csv", append=False)
+    log = CsvLog(tmp_path / "new" / "history.csv")
     for epoch in range(3):
         log(record(epoch, None if epoch == 1 else 1.5))
         lines = read(log.path)
@@ -68,10 +68,10 @@ def test_the_log_can_be_read_after_each_epoch(tmp_path):
 
 def test_a_resumed_log_has_each_epoch_once(tmp_path):
     path = tmp_path / "history.csv"
-    first = CsvLog(path, append=False)
+    first = CsvLog(path)
     for epoch in range(5):
         first(record(epoch))
-    second = CsvLog(path, append=True)
+    second = CsvLog(path, after=path)
     for epoch in (3, 4, 5):
         second(record(epoch, 7.0))
     lines = read(path)
@@ -81,6 +81,6 @@ def test_a_resumed_log_has_each_epoch_once(tmp_path):
 
 def test_a_fresh_log_forgets_what_was_there(tmp_path):
     path = tmp_path / "history.csv"
-    CsvLog(path, append=False)(record(9))
-    CsvLog(path, append=False)(record(0))
+    CsvLog(path)(record(9))
+    CsvLog(path)(record(0))
     assert [line["epoch"] for line in read(path)] == ["0"]
