@@ -149,8 +149,8 @@ class Run:
                 found = evaluate(self.module, validation, seed=self.seed, device=self.device)
         self.module.train()
         at = self.progress
-        loss, *terms = found.means()
-        at.checks.append(Check(at.step, self.elapsed, *terms, loss))
+        loss, elbo, reconstruction, kl = found.means()
+        at.checks.append(Check(at.step, self.elapsed, elbo, reconstruction, kl, loss))
         return at.checks[-1]
 
     def keep_best(self, monitor: str) -> None:
