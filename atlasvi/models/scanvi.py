@@ -51,7 +51,7 @@ from atlasvi.store.fields import (
     uns_entry,
 )
 from atlasvi.stream import Epochs
-from atlasvi.train.schedule import TrainingPlan, default_epochs
+from atlasvi.train.schedule import PLANS, TrainingPlan, default_epochs
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
 if TYPE_CHECKING:
@@ -271,9 +271,10 @@ class WithLabelled:
 class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
 
-    The defaults are scvi-tools' but for the schedule of training, which is told by ``validation_loss``: (5)
-    and the cross-entropy of the cells kept for validation. The model is at the head of this file; Xu et al.
-    2021.
+    The defaults are scvi-tools' but for the schedule of training, adaptive and told by ``validation_loss``:
+    (5) and the cross-entropy of the cells kept for validation. All cells come to lie with a label, those of
+    a type that has none too: where there may be such, `from_scvi_model`. The model is at the head of this
+    file; Xu et al. 2021.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -413,6 +414,10 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     ) -> SCANVI:
         """A model with the weights of a trained `SCVI`; the rest has to be trained, for few epochs.
 
+        Its schedule is scvi-tools', 2 to 10 epochs by default: so little training hardly changes the latent,
+        and leaves the classifier unsure of cells of a type that has no label. ``schedule="adaptive"``
+        trains on to where the cells kept for validation gain no more.
+
         Args:
             scvi_model: whose options, genes, columns and weights are taken.
             unlabeled_category: level of the labels' column of cells without one.
@@ -463,6 +468,8 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             {name: theirs.get(name, own) for name, own in model.module.state_dict().items()}
         )
         model._was_pretrained = True
+        # Trained to the end, it gives cells of a type that nobody labelled to another with certainty.
+        model.plan = PLANS["scvi-tools"]
         return model
 
     @classmethod
