@@ -51,6 +51,7 @@ UNKNOWN = "Unknown"
 # Cell lines of all plates that are left without a label in turn, and what counts as certain then.
 UNLABELLED = ("H1975", "H2228", "HCC827")
 CERTAIN = 0.9
+CERTAINTY = ("certain_known", "certain_unlabelled", "auroc")
 # Coarse type -> markers, and how many of them a cell must have.
 MARKERS = {
     "T": (("CD3D", "CD3E", "CD3G"), 2),
@@ -188,11 +189,8 @@ def tasks() -> Iterator[Task]:
 
 def of_certainty(certainty: np.ndarray, known: np.ndarray) -> dict[str, float]:
     """Whether cells of a type that has no label are known by how unsure the method is of them."""
-    return {
-        "certain_known": (certainty[known] > CERTAIN).mean(),
-        "certain_unlabelled": (certainty[~known] > CERTAIN).mean(),
-        "auroc": roc_auc_score(known, certainty),
-    }
+    shares = ((certainty[of] > CERTAIN).mean() for of in (known, ~known))
+    return dict(zip(CERTAINTY, (*shares, roc_auc_score(known, certainty)), strict=True))
 
 
 # --- methods: (task, seed) -> probabilities of the query's cells, a column a label -----------------
@@ -306,7 +304,7 @@ def main() -> None:
                 for seed in range(options.seeds):
                     run(task, method, seed)
     if options.table:
-        print(table(json.loads(RESULTS.read_text())))
+        print(tables(json.loads(RESULTS.read_text())))
 
 
 def run(task: Task, method: str, seed: int) -> None:
@@ -327,21 +325,43 @@ def run(task: Task, method: str, seed: int) -> None:
     print(json.dumps(found), flush=True)
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: the share of right labels, a row a task and a column a method; mean over seeds."""
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Markdown: what is right (of so many seeds), by coarse type too, and where a type has no label."""
     methods = [method for method in METHODS if any(found["method"] == method for found in runs)]
-    names = list(dict.fromkeys(found["task"] for found in sorted(runs, key=lambda found: found["task"])))
-    lines = [
-        "| | " + " | ".join(NAMES.get(method, method) for method in methods) + " |",
-        "|---|" + "---:|" * len(methods),
+    names = sorted({found["task"] for found in runs})
+
+    def means(name: str, method: str, *columns: str) -> list[str]:
+        rows = [found for found in runs if (found["task"], found["method"]) == (name, method)]
+        of = [f"{np.mean([row[column] for row in rows]):.3f}" for column in columns if rows]
+        return [f"{of[0]} ({len(rows)})", *of[1:]] if of and columns[0] == "accuracy" else of
+
+    def lines(heads: list[str], rows: list[list[str]], n_words: int) -> str:
+        rule = ["---"] * n_words + ["---:"] * (len(heads) - n_words)
+        return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rule, *rows])
+
+    def shown(name: str) -> str:
+        return name.replace("/", ", hidden: ")
+
+    usual = [name for name in names if " without " not in name]
+    right = [
+        [NAMES.get(method, method), *("".join(means(name, method, "accuracy")) for name in usual)]
+        for method in methods
     ]
+    kinds = [f"right_{kind}" for kind in MARKERS]
+    by_type, certain = [], []
     for name in names:
-        row = []
         for method in methods:
-            values = [r["accuracy"] for r in runs if r["task"] == name and r["method"] == method]
-            row.append(f"{np.mean(values):.3f}" if values else "")
-        lines.append(f"| {name.replace('/', ', hidden: ')} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+            of = [shown(name), NAMES.get(method, method)]
+            if name in usual and (found := name.startswith("pbmc") and means(name, method, *kinds)):
+                by_type.append([*of, *found])
+            if name not in usual and (found := means(name, method, "accuracy", *CERTAINTY)):
+                certain.append([*of, *found])
+    heads = ["labelled, certain", "the other, certain", "AUROC"]
+    return "\n\n".join([
+        lines(["", *map(shown, usual)], right, 1),
+        lines(["", "", *MARKERS], by_type, 2),
+        lines(["", "", "right", *heads], certain, 2),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
