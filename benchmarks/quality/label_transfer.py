@@ -344,8 +344,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
 
     usual = [name for name in names if " without " not in name]
     right = [
-        [NAMES.get(method, method), *("".join(means(name, method, "accuracy")) for name in usual)]
-        for method in methods
+        [shown(name), *("".join(means(name, method, "accuracy")) for method in methods)] for name in usual
     ]
     kinds = [f"right_{kind}" for kind in MARKERS]
     by_type, certain = [], []
@@ -358,7 +357,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 certain.append([*of, *found])
     heads = ["labelled, certain", "the other, certain", "AUROC"]
     return "\n\n".join([
-        lines(["", *map(shown, usual)], right, 1),
+        lines(["", *(NAMES.get(method, method) for method in methods)], right, 1),
         lines(["", "", *MARKERS], by_type, 2),
         lines(["", "", "right", *heads], certain, 2),
     ])  # fmt: skip
