@@ -146,7 +146,7 @@ def test_it_starts_where_a_scvi_ended(cells):
     assert len(model.records) == 10
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
     model = SCANVI.from_scvi_model(scvi, "Unknown", "label", linear_classifier=True)
-    train(model, None, schedule="adaptive")
+    train(model, None, schedule="adaptive", plan_kwargs={"lr": 0.03, "patience": 2})
     assert 10 < len(model.records) < 400  # it ends by itself
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
 
@@ -155,7 +155,7 @@ def test_the_weights_kept_are_those_of_the_best_look_at_cells_and_labels(cells):
     """The ELBO says nothing of the labels; their cross-entropy, beside scikit-learn's, is looked at too."""
     cells.obs["label"] = np.where(np.arange(400) % 2, cells.obs["truth"], "Unknown")
     model = build(cells)
-    train(model, 400, plan_kwargs={"patience": 3})
+    train(model, 400, plan_kwargs={"lr": 0.03, "patience": 2})
     assert len(model.records) < 400
     best = min(model.checks, key=lambda check: check.validation_loss)
     assert best.step < model.checks[-1].step
