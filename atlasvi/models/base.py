@@ -40,7 +40,7 @@ from atlasvi.train.estimate import (
     shape_of,
 )
 from atlasvi.train.fit import Checkpoints, Listeners, fit
-from atlasvi.train.history import Check, EpochRecord
+from atlasvi.train.history import LOOKED_AT, Check, EpochRecord
 from atlasvi.train.schedule import (
     PLANS,
     EarlyStopping,
@@ -158,13 +158,12 @@ class CountModel(Answers[Config, Module]):
         ranks.join(device)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
-        terms = ("elbo", "reconstruction_loss", "kl_local")
-        of_validation = ["validation_loss", *(f"{term}_validation" for term in terms)]
+        of_training = (f"{term}_train" for term in ("elbo", "reconstruction_loss", "kl_local"))
         monitor = self._monitor if early_stopping_monitor is None else early_stopping_monitor
-        one_of("early_stopping_monitor", monitor, [*of_validation, *(f"{term}_train" for term in terms)])
+        one_of("early_stopping_monitor", monitor, [*LOOKED_AT, *of_training])
         split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, held_out, _ = split_cells(**split)
-        if early_stopping and monitor in of_validation and not len(held_out):
+        if early_stopping and monitor in LOOKED_AT and not len(held_out):
             raise OptionError("early_stopping needs cells kept for validation: train_size below 1")
         if early_stopping_patience is not None and early_stopping_patience < 0:
             raise OptionError(f"early_stopping_patience must be 0 or more, is {early_stopping_patience}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from atlasvi.errors import ModelError, VersionError
 from atlasvi.files import plain_number, replacing_folder, settle
-from atlasvi.train.history import Check, EpochRecord, TermSums
+from atlasvi.train.history import LOOKED_AT, Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
 FORMAT = 5
@@ -58,7 +58,7 @@ class Progress:
 
     def monitored(self, name: str, *, in_steps: bool = True) -> tuple[list[float], list[int]]:
         """A column of the history, of looks if of validation, and after how many steps each; or of epochs."""
-        if in_steps and hasattr(Check, name):
+        if in_steps and name in LOOKED_AT:
             return [getattr(check, name) for check in self.checks], [check.step for check in self.checks]
         there = [record for record in self.records if getattr(record, name) is not None]
         after = [record.step if in_steps else record.epoch + 1 for record in there]

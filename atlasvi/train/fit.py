@@ -16,7 +16,7 @@ from atlasvi.errors import TrainingError
 from atlasvi.nn import ranks
 from atlasvi.train.average import Averaged, floating_state, set_state
 from atlasvi.train.checkpoint import Progress, claim, load_checkpoint, save_checkpoint
-from atlasvi.train.history import Check, EpochRecord, TermSums
+from atlasvi.train.history import LOOKED_AT, Check, EpochRecord, TermSums
 from atlasvi.train.schedule import EarlyStopping, TrainingPlan
 from atlasvi.types import LossTerms, Minibatch, Noise, StepWeights, Trains
 
@@ -288,7 +288,7 @@ def fit(
     looks = steps_between_checks if validation is not None else None
     restores = early_stopping is not None and early_stopping.in_steps
     best_by = "elbo_validation"
-    if early_stopping is not None and hasattr(Check, early_stopping.monitor):
+    if early_stopping is not None and early_stopping.monitor in LOOKED_AT:
         best_by = early_stopping.monitor
 
     def look() -> None:

@@ -60,6 +60,10 @@ class Check:
     validation_loss: float | None = None  # not in the folders of earlier versions
 
 
+# What of a look can be watched.
+LOOKED_AT = tuple(field.name for field in fields(Check) if field.name not in ("step", "seconds"))
+
+
 class TermSums:
     """Running sums of `LossTerms` over cells, and over labelled ones; the same however the cells are cut.
 
@@ -80,14 +84,13 @@ class TermSums:
         reconstruction = terms.reconstruction.sum(dtype=torch.float64)
         kl_sum = kl.sum(dtype=torch.float64)
         loss = terms.total.detach().double() * n
-        n_labelled = 0 if terms.classification is None else len(terms.classification)
-        classification = torch.zeros_like(loss)
-        if terms.classification is not None and n_labelled:
-            classification = terms.classification.sum(dtype=torch.float64)
-            loss = loss - n * classification / n_labelled
-        counts = torch.stack([torch.full_like(loss, n), torch.full_like(loss, n_labelled)])
-        sums = torch.stack([loss, reconstruction + kl_sum, reconstruction, kl_sum])
-        added = torch.cat([counts[:1], sums, counts[1:], classification[None]])
+        labelled = loss.new_zeros(0) if terms.classification is None else terms.classification
+        classification = labelled.sum(dtype=torch.float64)
+        loss = loss - n * classification / max(len(labelled), 1)
+        cells, n_labelled = torch.full_like(loss, n), torch.full_like(loss, len(labelled))
+        added = torch.stack(
+            [cells, loss, reconstruction + kl_sum, reconstruction, kl_sum, n_labelled, classification]
+        )
         self.values = self.values.to(added.device) + added
 
     def over_all_ranks(self) -> TermSums:

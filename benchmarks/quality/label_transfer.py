@@ -145,7 +145,7 @@ def tasks() -> Iterator[Task]:
                     expected[known], labels[known], average="macro", labels=np.unique(expected[known])
                 ),
             }
-            return found if known.all() else {**found, **of_certainty(certainty, known)}
+            return {**found, **of_certainty(certainty, known)}
 
         yield Task(f"scmixology_celllines/{plate}{line and f' without {line}'}", cells, is_query, score)
 
@@ -182,13 +182,15 @@ def tasks() -> Iterator[Task]:
                 if kind in expected[known]
             }
             found = {"accuracy": (labels == expected)[known].mean(), "clear": is_clear.mean(), **found}
-            return found if known.all() else {**found, **of_certainty(certainty, known)}
+            return {**found, **of_certainty(certainty, known)}
 
         yield Task(f"{name}{left_out and f' without {left_out}'}", both, is_query, of_coarse)
 
 
 def of_certainty(certainty: np.ndarray, known: np.ndarray) -> dict[str, float]:
-    """Whether cells of a type that has no label are known by how unsure the method is of them."""
+    """Whether cells of a type that has no label, if there are such, are known by how unsure a method is."""
+    if known.all():
+        return {}
     shares = ((certainty[of] > CERTAIN).mean() for of in (known, ~known))
     return dict(zip(CERTAINTY, (*shares, roc_auc_score(known, certainty)), strict=True))
 
@@ -327,6 +329,8 @@ def run(task: Task, method: str, seed: int) -> None:
 
 def tables(runs: list[dict[str, Any]]) -> str:
     """Markdown: what is right (of so many seeds), by coarse type too, and where a type has no label."""
+    from benchmarks.paper.tables import table
+
     methods = [method for method in METHODS if any(found["method"] == method for found in runs)]
     names = sorted({found["task"] for found in runs})
 
@@ -334,10 +338,6 @@ def tables(runs: list[dict[str, Any]]) -> str:
         rows = [found for found in runs if (found["task"], found["method"]) == (name, method)]
         of = [f"{np.mean([row[column] for row in rows]):.3f}" for column in columns if rows]
         return [f"{of[0]} ({len(rows)})", *of[1:]] if of and columns[0] == "accuracy" else of
-
-    def lines(heads: list[str], rows: list[list[str]], n_words: int) -> str:
-        rule = ["---"] * n_words + ["---:"] * (len(heads) - n_words)
-        return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rule, *rows])
 
     def shown(name: str) -> str:
         return name.replace("/", ", hidden: ")
@@ -357,9 +357,9 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 certain.append([*of, *found])
     heads = ["labelled, certain", "the other, certain", "AUROC"]
     return "\n\n".join([
-        lines(["", *(NAMES.get(method, method) for method in methods)], right, 1),
-        lines(["", "", *MARKERS], by_type, 2),
-        lines(["", "", "right", *heads], certain, 2),
+        table(["", *(NAMES.get(method, method) for method in methods)], right, 1),
+        table(["", "", *MARKERS], by_type, 2),
+        table(["", "", "right", *heads], certain, 2),
     ])  # fmt: skip
 
 

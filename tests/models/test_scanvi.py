@@ -142,6 +142,7 @@ def test_it_starts_where_a_scvi_ended(cells):
     assert all(
         (value == before[name]).all() for name, value in model.module.state_dict().items() if name in before
     )
+    assert model._default_epochs(400, model.plan) == 10
     train(model, None)
     assert len(model.records) == 10
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
@@ -149,6 +150,17 @@ def test_it_starts_where_a_scvi_ended(cells):
     train(model, None, schedule="adaptive", plan_kwargs={"lr": 0.03, "patience": 2})
     assert 10 < len(model.records) < 400  # it ends by itself
     assert (model.predict() == cells.obs["truth"]).mean() > 0.95
+
+
+def test_by_scvi_tools_schedule_training_neither_ends_nor_is_undone_by_what_is_looked_at(cells):
+    """The weights are those of the last step."""
+    seen = []
+    model = build(cells)
+    weight = model.module.classifier.out.weight
+    train(model, 4, schedule="scvi-tools", on_epoch=lambda record: seen.append(weight.detach().clone()))
+    assert [check.step for check in model.checks] == [6, 12, 18, 24]
+    assert (model.module.classifier.out.weight == seen[-1]).all()
+    assert not (seen[-1] == seen[-2]).all()
 
 
 def test_the_weights_kept_are_those_of_the_best_look_at_cells_and_labels(cells):
