@@ -63,13 +63,11 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
+    sides = {"atlasvi": (sys.executable, options.seeds), "scvi-tools": (options.peer_python, options.peer_seeds)}
     for name in options.data:
-        for side, python, n in (
-            ("atlasvi", sys.executable, options.seeds),
-            ("scvi-tools", options.peer_python, options.peer_seeds),
-        ):  # fmt: skip
-            for seed in range(n):
-                if not _curve(options, side, name, seed).exists():
+        for seed in range(max(options.seeds, options.peer_seeds)):
+            for side, (python, n_seeds) in sides.items():
+                if seed < n_seeds and not _curve(options, side, name, seed).exists():
                     subprocess.run(
                         [python, "-W", "ignore", "-m", "benchmarks.quality.time_to_elbo", *sys.argv[1:],
                          "--data", name, "--side", side, "--seed", str(seed)], check=True,
