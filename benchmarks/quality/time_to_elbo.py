@@ -63,7 +63,10 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     print(machine(), flush=True)
-    sides = {"atlasvi": (sys.executable, options.seeds), "scvi-tools": (options.peer_python, options.peer_seeds)}
+    sides = {
+        "atlasvi": (sys.executable, options.seeds),
+        "scvi-tools": (options.peer_python, options.peer_seeds),
+    }
     for name in options.data:
         for seed in range(max(options.seeds, options.peer_seeds)):
             for side, (python, n_seeds) in sides.items():
