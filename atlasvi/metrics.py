@@ -250,11 +250,17 @@ def silhouette(latent: NDArray[Any], labels: Any, *, seed: int, max_cells: int =
 
     Raises:
         CellsError: latent and labels of different length.
-        ObsError: labels with gaps.
+        ObsError: labels with gaps, of one level alone, or with one for each cell.
     """
     from sklearn.metrics import silhouette_score
 
     codes, rows = _aligned(latent, labels, "labels", max_cells, seed)
+    n_levels = len(np.unique(codes))
+    if not 1 < n_levels < len(rows):
+        raise ObsError(
+            f"labels has {n_levels} level{'s' * (n_levels != 1)} among {len(rows)} cells; a silhouette compares 2 "
+            "at least, and some cells must share one"
+        )
     return float(silhouette_score(np.asarray(latent)[rows], codes)), len(rows)
 
 

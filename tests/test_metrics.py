@@ -109,6 +109,12 @@ def test_silhouette_is_that_of_sklearn(blobs):
     assert silhouette(latent, labels, seed=0, max_cells=100)[1] == 100
 
 
+@pytest.mark.parametrize("labels", [["T"] * 6, list("abcdef")])
+def test_a_silhouette_needs_two_labels_and_cells_that_share_one(labels):
+    with pytest.raises(ObsError, match=rf"{len(set(labels))} levels? among 6 cells"):
+        silhouette(np.eye(6), labels, seed=0)
+
+
 def test_scores_leave_out_what_is_not_kept(blobs):
     latent, labels = blobs
     batch = pd.Categorical(np.where(np.arange(1_200) % 2, "x", "y"))
