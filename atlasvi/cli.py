@@ -366,10 +366,19 @@ def predict(
     threshold: Annotated[
         float, typer.Option(help="Cells whose most probable label is less probable are called unknown.")
     ] = 0.0,
+    max_distance: Annotated[
+        float | None,
+        typer.Option(
+            help="Of scanvi: cells farther from every label are called unknown. 99 % of a label's own are "
+            "within 1."
+        ),
+    ] = None,
     unknown: Annotated[str, typer.Option(help="What these are called.")] = "unknown",
     overwrite: Overwrite = False,
 ) -> None:
     """Write a label for each cell, and the probability of each label, as .csv, .tsv or either with .gz.
+
+    With --max-distance, also how far each cell lies from the nearest label.
 
     Example: atlasvi predict model atlas.zarr -o labels.csv
     """
@@ -382,10 +391,20 @@ def predict(
     trained = load(model, _open(atlases))
     if not hasattr(trained, "labels"):
         raise OptionError(f"{type(trained).__name__} has no labels to predict; SCANVI and ACTINN have")
+    if max_distance is not None and not hasattr(trained, "label_distances"):
+        raise OptionError(f"--max-distance is of scanvi; of {type(trained).__name__} use --threshold")
+    if max_distance is not None and not max_distance > 0:
+        raise OptionError(f"--max-distance must be above 0, is {max_distance}")
+    far: dict[str, Any] = {}
+    if max_distance is not None:
+        far = {
+            "distances": lambda cells: trained.label_distances(indices=cells),
+            "max_distance": max_distance,
+        }
     with bar("predict", trained.atlas.n_obs, "cells") as advance:
         found = write_labels(
             lambda cells: trained.predict(indices=cells, soft=True), trained.atlas.n_obs, out, separator,
-            threshold=threshold, unknown=unknown, advance=advance,
+            threshold=threshold, unknown=unknown, advance=advance, **far,
         )  # fmt: skip
     most = ", ".join(f"{label} {n:,}" for label, n in found.most_common(8))
     typer.echo(f"{trained.atlas.n_obs:,} cells -> {out}: {most}{', ...' if len(found) > 8 else ''}")

@@ -545,6 +545,17 @@ def test_labels_as_a_table(name, labelled, made, tmp_path, monkeypatch):
     sure = expected.max(axis=1) >= 0.5
     assert (table["label"] == np.where(sure, model.predict(), "unknown")).all()
     assert 0 < sure.sum()
+    if name == "scanvi":
+        nearest = model.label_distances().min(axis=1)
+        far = float(nearest.median())
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--max-distance", str(far), "--overwrite"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        table = pd.read_csv(out, index_col="cell")
+        np.testing.assert_allclose(table["distance"], nearest, rtol=1e-4)
+        assert (table["label"] == np.where(sure & (nearest <= far), model.predict(), "unknown")).all()
+        assert table.columns.tolist()[:2] == ["label", "distance"]
 
 
 def test_a_model_without_latents_is_asked_for_none(labelled, made, error_of):
@@ -581,6 +592,10 @@ def test_labels_that_cannot_be_are_refused(labelled, made, error_of, tmp_path):
     out = tmp_path / "labels.csv"
     assert "SCVI has no labels" in error_of("predict", folder / "model", folder / "atlas.zarr", "-o", out)
     assert "names no table" in error_of("predict", labelled / "actinn", folder / "atlas.zarr", "-o", tmp_path)
+    wrong = (("actinn", "1", "--threshold"), ("scanvi", "-1", "above 0"), ("scanvi", "nan", "above 0"))
+    for name, far, said in wrong:
+        words = labelled / name, folder / "atlas.zarr", "-o", out, "--max-distance", far
+        assert said in error_of("predict", *words)
     out.write_text("mine")
     assert "there is a" in error_of("predict", labelled / "actinn", folder / "atlas.zarr", "-o", out)
     assert out.read_text() == "mine"

@@ -178,6 +178,8 @@ def write_labels(
     threshold: float,
     unknown: str,
     advance: Advance,
+    distances: Callable[[NDArray[np.int64]], pd.DataFrame] | None = None,
+    max_distance: float = np.inf,
 ) -> Counter[str]:
     """Write a table with a row a cell: its name, its label, and under ``p(label)`` the probability of each.
 
@@ -189,6 +191,8 @@ def write_labels(
         threshold: cells whose most probable label is less probable are called ``unknown``.
         unknown: their label.
         advance: told the number of cells so far.
+        distances: of cells from each label; the least gets a column, ``distance``.
+        max_distance: cells whose least is larger are called ``unknown`` too.
 
     Returns:
         Number of cells of each label.
@@ -206,8 +210,12 @@ def write_labels(
                 best = table.to_numpy().argmax(1)
                 labels = np.asarray(table.columns, dtype=object)[best]
                 labels[table.to_numpy().max(1) < threshold] = unknown
-                found.update(labels.tolist())
                 table = table.rename(columns=lambda label: f"p({label})")
+                if distances is not None:
+                    nearest = distances(cells).to_numpy().min(1)
+                    labels[nearest > max_distance] = unknown
+                    table.insert(0, "distance", nearest)
+                found.update(labels.tolist())
                 table.insert(0, "label", labels)
                 # Members of a gzip file may follow each other.
                 table.to_csv(

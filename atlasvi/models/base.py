@@ -251,6 +251,7 @@ class CountModel(Answers[Config, Module]):
                 if on_check is not None and ranks.rank() == 0:
                     on_check(check)
 
+            self._before_training()
             try:
                 progress = fit(
                     self.module,
@@ -279,6 +280,7 @@ class CountModel(Answers[Config, Module]):
                     self.origin = "stopped in its first epoch"
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
+        self._after_training()
 
     def refine_posterior(
         self,
@@ -349,6 +351,12 @@ class CountModel(Answers[Config, Module]):
         one_of("precision", precision, tuple(PRECISIONS))
         plan = self.plan if schedule is None else PLANS[schedule]
         return replace(plan, matmul_dtype=PRECISIONS[precision])
+
+    def _before_training(self) -> None:
+        """What a model forgets when its weights begin to change."""
+
+    def _after_training(self) -> None:
+        """What a model finds out of its cells when its weights are there."""
 
     def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
         """Epochs of the cells to train on, with whatever a model wants beside them."""

@@ -15,6 +15,14 @@ Inference: q(z|x) as in scVI, q(y|z) the classifier, q(u|z,y) a network. For eac
 with one draw of z, and of u for each label; the divergences are weighted as the schedule says. To (5) is
 added ``classification_ratio`` times the cross-entropy of q(y|z) at the mean of q(z|x), over a minibatch of
 labelled cells of its own: every step has one, however few cells are labelled. This is scvi-tools' objective.
+
+The classifier has no word for a type without labels. Such cells are told by where they lie: at squared
+Mahalanobis distance::
+
+    (m - m_y)' C_y^-1 (m - m_y)                                                                 (6)
+
+of the mean m of q(z|x) from the cells of label y, whose draws of q(z|x) have mean m_y and covariance C_y (Lee
+et al. 2018, NeurIPS, of a classifier's features).
 """
 
 from __future__ import annotations
@@ -32,8 +40,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atlasvi.errors import NotTrainedError, ObsError, OptionError
-from atlasvi.infer.classify import probability_blocks
-from atlasvi.models.arguments import refuse
+from atlasvi.infer.classify import distance_blocks, label_moments, probability_blocks
+from atlasvi.infer.latent import latent_blocks
+from atlasvi.models.arguments import checked_seed, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments, registered_as, with_cells
 from atlasvi.models.scvi import SCVI, SCVIConfig, SCVIModule
@@ -56,12 +65,15 @@ from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, Step
 
 if TYPE_CHECKING:
     import anndata
+    import pandas as pd
 
     from atlasvi.models.data import Data
 
 # Noise streams, apart from those of scVI.
 _Z, _U, _LABEL = 0, 2, 4
 _CLASSIFIER_DROPOUT, _U_DROPOUT = 48, 64
+# Cells of a label from which its mean and covariance are taken.
+_CELLS_PER_LABEL = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +142,8 @@ class SCANVIModule(SCVIModule):
     # `prior` stays N(0, I), by which scvi-tools too weighs draws: that of (3) has none in closed form.
     prior_has_density = False
     label_prior: torch.Tensor
+    label_mean: torch.Tensor
+    label_covariance: torch.Tensor
 
     def __init__(self, config: SCANVIConfig, fields: FieldMap, library: LibraryMoments | None) -> None:
         super().__init__(config, fields, library)
@@ -170,6 +184,15 @@ class SCANVIModule(SCVIModule):
             mlp("decoder", n_hidden, config.n_layers, labels, 0.0, 0), n_hidden, n_latent, floor=0.0
         )
         self.register_buffer("label_prior", torch.full((self.n_labels,), 1 / self.n_labels))
+        # m_y and C_y of (6); zeros until they are known.
+        self.register_buffer("label_mean", torch.zeros(self.n_labels, n_latent))
+        self.register_buffer("label_covariance", torch.zeros(self.n_labels, n_latent, n_latent))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Folders of earlier versions, and scvi-tools, do not have them.
+        for name in ("label_mean", "label_covariance"):
+            state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def class_logits(self, minibatch: Minibatch, noise: Noise | None = None) -> torch.Tensor:
         """``(B, n_labels)`` logits of q(y | z) at the mean of q(z | x), or with ``noise`` at a draw."""
@@ -272,9 +295,9 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     """scVI with labels that part of the cells have: latents that separate them, and labels for the rest.
 
     The defaults are scvi-tools' but for the schedule of training, adaptive and told by ``validation_loss``:
-    (5) and the cross-entropy of the cells kept for validation. All cells come to lie with a label, those of
-    a type that has none too: where there may be such, `from_scvi_model`. The model is at the head of this
-    file; Xu et al. 2021.
+    (5) and the cross-entropy of the cells kept for validation. Cells of a type that has no label get one of
+    the others, often with certainty: `label_distances` tells them. The model is at the head of this file;
+    Xu et al. 2021.
 
     Args:
         adata: an `Atlas`, the path of one, or an AnnData on which `setup_anndata` was called.
@@ -558,6 +581,7 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         batch_size: int | None = None,
         use_posterior_mean: bool = True,
         *,
+        max_distance: float | None = None,
         seed: int = 0,
         **unsupported: object,
     ) -> Any:
@@ -569,11 +593,14 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
             soft: a data frame of probabilities, cells x labels, instead.
             batch_size: cells at a time; does not change the result.
             use_posterior_mean: classify the mean of q(z|x), or a draw.
+            max_distance: cells that lie farther from all labels get the name of those without one;
+                see `label_distances`. Not with ``soft``.
             seed: of the draw.
             **unsupported: refused by name.
 
         Raises:
             NotTrainedError: before training.
+            OptionError: a distance with ``soft``, or one that is not above 0.
 
         Example:
             >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown")
@@ -584,16 +611,111 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
         """
         refuse("predict", unsupported)
         self._must_be_trained()
+        if max_distance is not None and (soft or not max_distance > 0):
+            raise OptionError(
+                f"max_distance={max_distance}: must be above 0, and is for labels, not for probabilities "
+                "(soft=True); label_distances() has the distances themselves"
+            )
         blocks = probability_blocks(
             self.module, self._minibatches(adata, indices, batch_size), self._device,
             seed=None if use_posterior_mean else seed,
         )  # fmt: skip
         probabilities = np.concatenate(list(blocks))
         if not soft:
-            return np.array(self.labels, dtype=object)[probabilities.argmax(1)]
+            called = np.array(self.labels, dtype=object)[probabilities.argmax(1)]
+            if max_distance is not None:
+                far = np.concatenate(list(self._distance_blocks(adata, indices, batch_size)))
+                called[far.min(1) > max_distance] = self.fields.unlabeled_category
+            return called
         import pandas as pd
 
         return pd.DataFrame(probabilities, index=self._names(adata, indices), columns=list(self.labels))
+
+    def label_distances(
+        self, adata: Data | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> pd.DataFrame:
+        """How far each cell lies from the labelled cells of each label: cells x labels, float64.
+
+        The root of (6), in units of the distance that 99 % of a normal distribution are within. A cell
+        beyond 1 of all labels is unlike nearly all cells that have one: of a type without label, or
+        measured otherwise. A probability does not say so: it compares labels with each other.
+
+        Args:
+            adata: other data; that of the model when ``None``. It need not have been set up.
+            indices: positions of the cells.
+            batch_size: cells at a time; does not change the result.
+
+        Raises:
+            NotTrainedError: before training.
+            OptionError: it is not known where labels lie: call `locate_labels`.
+
+        Example:
+            >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown")
+            >>> model = SCANVI(atlas)
+            >>> model.train(max_epochs=2, enable_progress_bar=False)
+            >>> nearest = model.label_distances().min(axis=1)
+            >>> bool((nearest < 1).mean() > 0.8)
+            True
+        """
+        import pandas as pd
+
+        self._must_be_trained()
+        far = np.concatenate(list(self._distance_blocks(adata, indices, batch_size)))
+        return pd.DataFrame(far, index=self._names(adata, indices), columns=list(self.labels))
+
+    def locate_labels(self, adata: Data | None = None, *, seed: int = 0) -> None:
+        """Find where the labels' cells lie, for `label_distances`: m_y and C_y of (6).
+
+        `train` ends with it. It is for models that were trained before there was this, or by scvi-tools.
+        Of each label up to 2,000 cells are taken, at random.
+
+        Args:
+            adata: cells with labels; those of the model when ``None``.
+            seed: of the choice.
+
+        Raises:
+            NotTrainedError: before training.
+            ObsError: no cell has one of the model's labels.
+
+        Example:
+            >>> SCANVI.setup_anndata(atlas, "cell_type", "Unknown")
+            >>> model = SCANVI(atlas)
+            >>> model.train(max_epochs=2, enable_progress_bar=False)
+            >>> model.locate_labels(seed=1)
+        """
+        self._must_be_trained()
+        _, codes = self._data(adata)
+        rng = np.random.Generator(np.random.Philox(key=checked_seed(seed)))
+        of_label = [np.flatnonzero(codes.labels == k) for k in range(self.module.n_labels)]
+        n_most = _CELLS_PER_LABEL
+        few = (of if len(of) <= n_most else rng.choice(of, n_most, replace=False) for of in of_label)
+        some = np.sort(np.concatenate(list(few)))
+        if not len(some):
+            raise ObsError(
+                f"no cell has one of the labels {', '.join(map(repr, self.labels[:3]))} in obs column "
+                f"{self.fields.labels_key!r}; give cells that have"
+            )
+        means, covariances = label_moments(
+            self.module, self._minibatches(adata, some, None), self._device, codes.labels[some],
+            self.module.n_labels,
+        )  # fmt: skip
+        self.module.label_mean.copy_(torch.from_numpy(means))
+        self.module.label_covariance.copy_(torch.from_numpy(covariances))
+
+    def _distance_blocks(
+        self, data: Data | None, indices: Any, batch_size: int | None
+    ) -> Iterator[NDArray[np.float64]]:
+        means, covariances = (
+            values.double().cpu().numpy() for values in (self.module.label_mean, self.module.label_covariance)
+        )
+        if not covariances.any():
+            raise OptionError(
+                "it is not known where the cells of each label lie: training did not reach its end, or the "
+                "model is of an earlier version or of scvi-tools; call locate_labels() with cells that have "
+                "labels"
+            )
+        blocks = latent_blocks(self.module, self._minibatches(data, indices, batch_size), self._device)
+        return distance_blocks((loc for loc, _ in blocks), means, covariances)
 
     def _data(self, data: Data | None) -> tuple[Atlas, Codes]:
         """As of any model; cells of other data that have other labels, or none, count as without one."""
@@ -627,6 +749,21 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     @property
     def _starts_afresh(self) -> bool:
         return not (self.is_trained or self._was_pretrained)
+
+    @property
+    def _keeps_latents(self) -> bool:
+        """Whether training leaves the latents of a reference's cells as they are."""
+        return self._freeze is not None and self._freeze.everything_else
+
+    def _before_training(self) -> None:
+        if not self._keeps_latents:
+            self.module.label_mean.zero_()
+            self.module.label_covariance.zero_()
+
+    def _after_training(self) -> None:
+        _, codes = self._data(None)
+        if not self._keeps_latents and (codes.labels < self.module.n_labels).any():
+            self.locate_labels()
 
     def _default_epochs(self, n_obs: int, plan: TrainingPlan) -> int:
         most = default_epochs(n_obs)

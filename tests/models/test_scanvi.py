@@ -6,11 +6,14 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from sklearn.metrics import log_loss
+from safetensors.torch import load_file, save_file
+from scipy.spatial.distance import mahalanobis
+from scipy.stats import chi2
+from sklearn.metrics import log_loss, roc_auc_score
 
 import atlasvi
 from atlasvi.errors import NotTrainedError, ObsError, OptionError
-from atlasvi.models import base
+from atlasvi.models import base, scanvi
 from atlasvi.models.scanvi import SCANVI, WithLabelled
 from atlasvi.models.scvi import SCVI
 from atlasvi.stream import Epochs, Room
@@ -117,6 +120,89 @@ def test_a_query_may_have_fewer_labels_than_a_minibatch_takes(cells):
     reference = train(build(cells), 1)
     cells.obs["label"] = np.where(np.arange(400) == 16, "T", None)
     train(SCANVI.load_query_data(cells, reference), 1, train_size=1.0)
+
+
+def test_distances_are_mahalanobis_to_the_draws_of_each_labels_cells(cells, monkeypatch):
+    model = train(build(cells), 3)
+    loc, variance = model.get_latent_representation(return_dist=True)
+    label = cells.obs["label"].to_numpy()
+    expected = np.empty((400, 3))
+    for k, name in enumerate(model.labels):
+        of = loc[label == name].astype(float)
+        covariance = np.cov(of.T, ddof=0) + np.diag(variance[label == name].mean(0))
+        expected[:, k] = [mahalanobis(z, of.mean(0), np.linalg.inv(covariance)) for z in loc]
+    found = model.label_distances()
+    np.testing.assert_allclose(found, expected / np.sqrt(chi2.ppf(0.99, 4)), rtol=1e-4)
+    assert list(found.columns) == list(model.labels) and list(found.index) == list(cells.obs_names)
+    some = model.label_distances(indices=[5, 2], batch_size=1)
+    pd.testing.assert_frame_equal(some, found.iloc[[5, 2]])
+    # Of labels with many cells some are taken.
+    monkeypatch.setattr(scanvi, "_CELLS_PER_LABEL", 5)
+    model.locate_labels(seed=1)
+    fewer = model.label_distances()
+    assert not np.allclose(fewer, found)
+    model.locate_labels(seed=1)
+    pd.testing.assert_frame_equal(model.label_distances(), fewer)
+
+
+def test_cells_of_a_type_that_nobody_labelled_lie_far_from_all_labels(cells):
+    is_new = (cells.obs["truth"] == "NK").to_numpy()
+    cells.obs["label"] = np.where(is_new | (np.arange(400) % 3 > 0), "Unknown", cells.obs["truth"])
+    model = train(build(cells))
+    nearest = model.label_distances().to_numpy().min(1)
+    assert roc_auc_score(is_new, nearest) > 0.95
+    within = model.predict(max_distance=2)
+    np.testing.assert_array_equal(within == "Unknown", nearest > 2)
+    np.testing.assert_array_equal(within[nearest <= 2], model.predict()[nearest <= 2])
+    assert (nearest[~is_new] <= 1).mean() > 0.9
+    for wrong in ({"max_distance": 0}, {"max_distance": float("nan")}, {"max_distance": 1, "soft": True}):
+        with pytest.raises(OptionError, match="max_distance="):
+            model.predict(**wrong)
+
+
+def test_where_labels_lie_is_saved_and_stays_while_latents_do(cells, tmp_path):
+    model = train(build(cells), 3)
+    expected = model.label_distances()
+    model.save(tmp_path / "m")
+    pd.testing.assert_frame_equal(SCANVI.load(tmp_path / "m").label_distances(cells), expected)
+    query = cells.copy()
+    query.obs = query.obs.assign(batch="b3").drop(columns="label")
+    mapped = train(SCANVI.load_query_data(query, model), 1)
+    np.testing.assert_allclose(mapped.label_distances(cells), expected, rtol=1e-5)
+    moved = train(SCANVI.load_query_data(query, model, unfrozen=True), 1)
+    with pytest.raises(OptionError, match=r"locate_labels\(\)"):
+        moved.label_distances()
+    with pytest.raises(ObsError, match="no cell has one of the labels 'B', 'NK', 'T'"):
+        moved.locate_labels()
+    moved.locate_labels(cells)
+    assert (moved.label_distances(cells).to_numpy().min(1) < 1).mean() > 0.9
+
+
+def test_a_folder_of_before_says_how_to_find_where_labels_lie(cells, tmp_path):
+    model = train(build(cells), 2)
+    model.save(tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "weights.safetensors")
+    for name in ("label_mean", "label_covariance"):
+        del weights[name]
+    save_file(weights, tmp_path / "m" / "weights.safetensors")
+    old = SCANVI.load(tmp_path / "m", cells)
+    np.testing.assert_array_equal(old.predict(soft=True), model.predict(soft=True))
+    with pytest.raises(OptionError, match="earlier version"):
+        old.predict(max_distance=1.0)
+    old.locate_labels()
+    pd.testing.assert_frame_equal(old.label_distances(), model.label_distances())
+
+
+def test_training_that_is_cut_short_leaves_no_distances_of_other_weights(cells):
+    model = train(build(cells), 1)
+
+    def stop(record):
+        raise OSError("enough")
+
+    with pytest.raises(OSError, match="enough"):
+        train(model, 2, on_epoch=stop)
+    with pytest.raises(OptionError, match="did not reach its end"):
+        model.label_distances()
 
 
 def test_a_loaded_model_goes_on_with_its_labels(cells, tmp_path):
