@@ -18,8 +18,9 @@ training without its labels, ACTINN has not, and the regression (scikit-learn's,
 principal components of reference and query together. SCANVI is trained for at most 80 epochs, or for at most
 20 after a SCVI of at most 60, as scvi-tools advises, by the schedule that each library has by default.
 
-In some tasks no cell of one type has a label anywhere: it is asked how right the others are, and whether
-a method is less certain of that one.
+In some tasks no cell of one type has a label anywhere, and in some the reference has no such cell at all: it
+is asked how right the others are, whether a method is less certain of that one, and, of ours, whether that
+one lies farther from all labels (`SCANVI.label_distances`).
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ EPOCHS_SCVI, EPOCHS_SCANVI = 60, 20
 UNKNOWN = "Unknown"
 # Cell lines of all plates that are left without a label in turn, and what counts as certain then.
 UNLABELLED = ("H1975", "H2228", "HCC827")
+# A type without a label, of which the reference has cells, or has none.
+WITHOUT, ALONE = " without", ", in the query alone:"
+KINDS = (WITHOUT, ALONE)
 CERTAIN = 0.9
 CERTAINTY = ("certain_known", "certain_unlabelled", "auroc")
+DISTANCE = ("within_known", "within_unlabelled", "auroc_distance")
 # Coarse type -> markers, and how many of them a cell must have.
 MARKERS = {
     "T": (("CD3D", "CD3E", "CD3G"), 2),
@@ -70,13 +75,14 @@ class Task:
         name: of the data and, where one is hidden, the plate.
         cells: counts; obs has ``batch`` and ``label``, which is `UNKNOWN` for the query.
         is_query: which cells they are.
-        score: of labels for the query's cells, and of the probability of each.
+        score: of labels for the query's cells, of the probability of each, and of its distance from the
+            nearest label where there is one.
     """
 
     name: str
     cells: anndata.AnnData
     is_query: np.ndarray
-    score: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    score: Callable[[np.ndarray, np.ndarray, np.ndarray | None], dict[str, float]]
 
 
 def read(name: str) -> anndata.AnnData:
@@ -125,16 +131,18 @@ def tasks() -> Iterator[Task]:
     whole = read("scmixology_celllines")
     whole = whole[whole.obs["demuxlet_cls"] == "SNG"].copy()
     truth = whole.obs["cell_type"].astype(str).to_numpy()
-    hidden = [(plate, "") for plate in sorted(whole.obs["batch"].unique())]
-    for plate, line in [*hidden, *(("dropseq", line) for line in UNLABELLED)]:
+    hidden = [(plate, "", "") for plate in sorted(whole.obs["batch"].unique())]
+    for plate, line, kind in [*hidden, *(("dropseq", line, kind) for kind in KINDS for line in UNLABELLED)]:
         is_query = (whole.obs["batch"] == plate).to_numpy()
         cells = whole[:, most_variable(whole[~is_query])].copy()
         has_label = ~is_query & (truth != line)
         cells.obs = cells.obs[["batch"]].assign(label=np.where(has_label, truth, UNKNOWN)).astype(str)
+        there = is_query | has_label if kind == ALONE else np.ones(len(truth), bool)
 
         def score(
             labels: np.ndarray,
             certainty: np.ndarray,
+            nearest: np.ndarray | None,
             expected: np.ndarray = truth[is_query],
             line: str = line,
         ) -> dict[str, float]:
@@ -145,14 +153,19 @@ def tasks() -> Iterator[Task]:
                     expected[known], labels[known], average="macro", labels=np.unique(expected[known])
                 ),
             }
-            return {**found, **of_certainty(certainty, known)}
+            return {**found, **of_certainty(certainty, nearest, known)}
 
-        yield Task(f"scmixology_celllines/{plate}{line and f' without {line}'}", cells, is_query, score)
+        name = f"scmixology_celllines/{plate}{line and f'{kind} {line}'}"
+        yield Task(name, cells[there].copy(), is_query[there], score)
 
     reference = read("pbmc_sorted_reference")
     of_reference = reference.obs["cell_type"].astype(str)
-    pbmc = (("pbmc_frozen_donorA", ""), ("pbmc_3chemistries", ""), ("pbmc_frozen_donorA", "bcells"))
-    for name, left_out in pbmc:
+    pbmc = (
+        ("pbmc_frozen_donorA", "", ""),
+        ("pbmc_3chemistries", "", ""),
+        *(("pbmc_frozen_donorA", "bcells", kind) for kind in KINDS),
+    )
+    for name, left_out, kind in pbmc:
         query = read(name)
         judged = by_markers(query)
         shared = [gene for gene in reference.var_names if gene in set(query.var_names)]
@@ -169,12 +182,19 @@ def tasks() -> Iterator[Task]:
         genes = most_variable(parts[0])
         both = anndata.concat([part[:, genes] for part in parts], index_unique="-", keys=["r", "q"])
         is_query = both.obs_names.str.endswith("-q")
+        has_label = (both.obs["label"] != UNKNOWN).to_numpy()
+        there = is_query | has_label if kind == ALONE else np.ones(both.n_obs, bool)
 
         def of_coarse(
-            labels: np.ndarray, certainty: np.ndarray, expected: np.ndarray = judged, left_out: str = left_out
+            labels: np.ndarray,
+            certainty: np.ndarray,
+            nearest: np.ndarray | None,
+            expected: np.ndarray = judged,
+            left_out: str = left_out,
         ) -> dict[str, float]:
             is_clear = expected != ""
             labels, certainty, expected = coarse(labels[is_clear]), certainty[is_clear], expected[is_clear]
+            nearest = None if nearest is None else nearest[is_clear]
             known = expected != COARSE.get(left_out)
             found = {
                 f"right_{kind}": (labels == kind)[expected == kind].mean()
@@ -182,23 +202,43 @@ def tasks() -> Iterator[Task]:
                 if kind in expected[known]
             }
             found = {"accuracy": (labels == expected)[known].mean(), "clear": is_clear.mean(), **found}
-            return {**found, **of_certainty(certainty, known)}
+            return {**found, **of_certainty(certainty, nearest, known)}
 
-        yield Task(f"{name}{left_out and f' without {left_out}'}", both, is_query, of_coarse)
+        yield Task(
+            f"{name}{left_out and f'{kind} {left_out}'}", both[there].copy(), is_query[there], of_coarse
+        )
 
 
-def of_certainty(certainty: np.ndarray, known: np.ndarray) -> dict[str, float]:
-    """Whether cells of a type that has no label, if there are such, are known by how unsure a method is."""
+def of_certainty(certainty: np.ndarray, nearest: np.ndarray | None, known: np.ndarray) -> dict[str, float]:
+    """Whether cells of a type that has no label are known by how unsure a method is, or by how far they lie.
+
+    Where there are no such cells, the share that lies within 1 of a label.
+    """
     if known.all():
-        return {}
+        return {} if nearest is None else {DISTANCE[0]: (nearest <= 1).mean()}
     shares = ((certainty[of] > CERTAIN).mean() for of in (known, ~known))
-    return dict(zip(CERTAINTY, (*shares, roc_auc_score(known, certainty)), strict=True))
+    found = dict(zip(CERTAINTY, (*shares, roc_auc_score(known, certainty)), strict=True))
+    if nearest is None:
+        return found
+    shares = ((nearest[of] <= 1).mean() for of in (known, ~known))
+    return {**found, **dict(zip(DISTANCE, (*shares, roc_auc_score(~known, nearest)), strict=True))}
 
 
-# --- methods: (task, seed) -> probabilities of the query's cells, a column a label -----------------
+# --- methods: (task, seed) -> probabilities of the query's cells, a column a label; and of ours how far they
+# --- lie from the nearest label --------------------------------------------------------------------
 
 
-def scanvi(task: Task, seed: int) -> pd.DataFrame:
+Answer = tuple[pd.DataFrame, np.ndarray | None]
+
+
+def asked(model: Any, task: Task) -> Answer:
+    """Of a trained SCANVI of ours."""
+    cells = np.flatnonzero(task.is_query)
+    soft = model.predict(indices=cells, soft=True)
+    return soft, model.label_distances(indices=cells).to_numpy().min(1)
+
+
+def scanvi(task: Task, seed: int) -> Answer:
     """Ours."""
     import atlasvi
 
@@ -206,10 +246,10 @@ def scanvi(task: Task, seed: int) -> pd.DataFrame:
     atlasvi.SCANVI.setup_anndata(cells, "label", UNKNOWN, batch_key="batch", gene_mask=None)
     model = atlasvi.SCANVI(cells, seed=seed)
     model.train(EPOCHS_SCVI + EPOCHS_SCANVI, enable_progress_bar=False, seed=seed)
-    return model.predict(indices=np.flatnonzero(task.is_query), soft=True)
+    return asked(model, task)
 
 
-def scanvi_after_scvi(task: Task, seed: int, schedule: str | None = None) -> pd.DataFrame:
+def scanvi_after_scvi(task: Task, seed: int, schedule: str | None = None) -> Answer:
     """Ours, from the weights of a SCVI."""
     import atlasvi
 
@@ -219,10 +259,10 @@ def scanvi_after_scvi(task: Task, seed: int, schedule: str | None = None) -> pd.
     scvi.train(EPOCHS_SCVI, enable_progress_bar=False, seed=seed)
     model = atlasvi.SCANVI.from_scvi_model(scvi, UNKNOWN, "label")
     model.train(EPOCHS_SCANVI, enable_progress_bar=False, seed=seed, schedule=schedule)
-    return model.predict(indices=np.flatnonzero(task.is_query), soft=True)
+    return asked(model, task)
 
 
-def actinn(task: Task, seed: int) -> pd.DataFrame:
+def actinn(task: Task, seed: int) -> Answer:
     """Ours; it sees the labelled cells of the reference alone."""
     import atlasvi
 
@@ -231,20 +271,20 @@ def actinn(task: Task, seed: int) -> pd.DataFrame:
     atlasvi.ACTINN.setup_anndata(reference, labels_key="label", gene_mask=None)
     model = atlasvi.ACTINN(reference, query, seed=seed)
     model.train(enable_progress_bar=False, seed=seed)
-    return model.predict(query, soft=True)
+    return model.predict(query, soft=True), None
 
 
-def regression(task: Task, seed: int) -> pd.DataFrame:
+def regression(task: Task, seed: int) -> Answer:
     """scikit-learn's, on principal components of all cells."""
     y = log_normalised(task.cells.X).toarray()
     z = PCA(50, random_state=seed).fit_transform(y)
     labels = task.cells.obs["label"].to_numpy()
     has_label = labels != UNKNOWN
     model = LogisticRegression(max_iter=2_000).fit(z[has_label], labels[has_label])
-    return pd.DataFrame(model.predict_proba(z[task.is_query]), columns=model.classes_)
+    return pd.DataFrame(model.predict_proba(z[task.is_query]), columns=model.classes_), None
 
 
-def peer(task: Task, seed: int, *, after_scvi: bool = False) -> pd.DataFrame:
+def peer(task: Task, seed: int, *, after_scvi: bool = False) -> Answer:
     """scvi-tools' SCANVI."""
     import logging
 
@@ -265,10 +305,10 @@ def peer(task: Task, seed: int, *, after_scvi: bool = False) -> pd.DataFrame:
         scvi.model.SCANVI.setup_anndata(cells, "label", UNKNOWN, batch_key="batch")
         model = scvi.model.SCANVI(cells)
         model.train(EPOCHS_SCVI + EPOCHS_SCANVI, **options)
-    return model.predict(indices=np.flatnonzero(task.is_query), soft=True)
+    return model.predict(indices=np.flatnonzero(task.is_query), soft=True), None
 
 
-METHODS: dict[str, Callable[[Task, int], pd.DataFrame]] = {
+METHODS: dict[str, Callable[[Task, int], Answer]] = {
     "SCANVI": scanvi,
     "SCANVI after SCVI": scanvi_after_scvi,
     "SCANVI after SCVI, adaptive": partial(scanvi_after_scvi, schedule="adaptive"),
@@ -316,8 +356,8 @@ def run(task: Task, method: str, seed: int) -> None:
     if any(key.items() <= known.items() for known in runs):
         return
     start = time.perf_counter()
-    soft = METHODS[method](task, seed)
-    score = task.score(soft.columns.to_numpy()[soft.to_numpy().argmax(1)], soft.to_numpy().max(1))
+    soft, nearest = METHODS[method](task, seed)
+    score = task.score(soft.columns.to_numpy()[soft.to_numpy().argmax(1)], soft.to_numpy().max(1), nearest)
     seconds = round(time.perf_counter() - start, 1)
     found = {**key, **{name: round(float(value), 4) for name, value in score.items()}, "seconds": seconds}
     runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
@@ -336,13 +376,17 @@ def tables(runs: list[dict[str, Any]]) -> str:
 
     def means(name: str, method: str, *columns: str) -> list[str]:
         rows = [found for found in runs if (found["task"], found["method"]) == (name, method)]
-        of = [f"{np.mean([row[column] for row in rows]):.3f}" for column in columns if rows]
+        of = [
+            f"{np.mean([row[column] for row in rows]):.3f}" if column in rows[0] else ""
+            for column in columns
+            if rows
+        ]
         return [f"{of[0]} ({len(rows)})", *of[1:]] if of and columns[0] == "accuracy" else of
 
     def shown(name: str) -> str:
         return name.replace("/", ", hidden: ")
 
-    usual = [name for name in names if " without " not in name]
+    usual = [name for name in names if not any(kind in name for kind in KINDS)]
     right = [
         [shown(name), *("".join(means(name, method, "accuracy")) for method in methods)] for name in usual
     ]
@@ -353,9 +397,9 @@ def tables(runs: list[dict[str, Any]]) -> str:
             of = [shown(name), NAMES.get(method, method)]
             if name in usual and (found := name.startswith("pbmc") and means(name, method, *kinds)):
                 by_type.append([*of, *found])
-            if name not in usual and (found := means(name, method, "accuracy", *CERTAINTY)):
+            if name not in usual and (found := means(name, method, "accuracy", *CERTAINTY, *DISTANCE)):
                 certain.append([*of, *found])
-    heads = ["labelled, certain", "the other, certain", "AUROC"]
+    heads = ["labelled, certain", "the other, certain", "AUROC", "labelled, near", "the other, near", "AUROC"]
     return "\n\n".join([
         table(["", *(NAMES.get(method, method) for method in methods)], right, 1),
         table(["", "", *MARKERS], by_type, 2),
