@@ -251,7 +251,10 @@ class CountModel(Answers[Config, Module]):
                 if on_check is not None and ranks.rank() == 0:
                     on_check(check)
 
-            self._before_training()
+            # Of a reference that is frozen cells stay where they are.
+            moves = self._freeze is None or not self._freeze.everything_else
+            if moves:
+                self._forget_latents()
             try:
                 progress = fit(
                     self.module,
@@ -280,7 +283,8 @@ class CountModel(Answers[Config, Module]):
                     self.origin = "stopped in its first epoch"
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
-        self._after_training()
+        if moves:
+            self._learn_latents()
 
     def refine_posterior(
         self,
@@ -352,11 +356,11 @@ class CountModel(Answers[Config, Module]):
         plan = self.plan if schedule is None else PLANS[schedule]
         return replace(plan, matmul_dtype=PRECISIONS[precision])
 
-    def _before_training(self) -> None:
-        """What a model forgets when its weights begin to change."""
+    def _forget_latents(self) -> None:
+        """Training is to move them: what a model knows of where its cells lie does not hold any more."""
 
-    def _after_training(self) -> None:
-        """What a model finds out of its cells when its weights are there."""
+    def _learn_latents(self) -> None:
+        """Training has moved them: what a model is to know of where its cells lie."""
 
     def _training_epochs(self, epochs: Callable[..., Epochs], training: NDArray[np.integer]) -> Any:
         """Epochs of the cells to train on, with whatever a model wants beside them."""

@@ -72,6 +72,7 @@ def refined(
     other = copy.copy(model)
     module: Any = copy.deepcopy(model.module)
     other.module = module
+    other._forget_latents()
     rank, world_size = ranks.rank(), ranks.world_size()
     stream: dict[str, Any] = {"num_workers": num_workers, "memory_budget": memory_budget}
     training = Epochs(

@@ -750,19 +750,13 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     def _starts_afresh(self) -> bool:
         return not (self.is_trained or self._was_pretrained)
 
-    @property
-    def _keeps_latents(self) -> bool:
-        """Whether training leaves the latents of a reference's cells as they are."""
-        return self._freeze is not None and self._freeze.everything_else
+    def _forget_latents(self) -> None:
+        self.module.label_mean.zero_()
+        self.module.label_covariance.zero_()
 
-    def _before_training(self) -> None:
-        if not self._keeps_latents:
-            self.module.label_mean.zero_()
-            self.module.label_covariance.zero_()
-
-    def _after_training(self) -> None:
+    def _learn_latents(self) -> None:
         _, codes = self._data(None)
-        if not self._keeps_latents and (codes.labels < self.module.n_labels).any():
+        if (codes.labels < self.module.n_labels).any():
             self.locate_labels()
 
     def _default_epochs(self, n_obs: int, plan: TrainingPlan) -> int:

@@ -39,7 +39,7 @@ GENERATIVE = (
     "classifier",
     "u_decoder",
     "component",
-    "label",
+    "label_prior",
 )
 
 
