@@ -258,8 +258,8 @@ def silhouette(latent: NDArray[Any], labels: Any, *, seed: int, max_cells: int =
     n_levels = len(np.unique(codes))
     if not 1 < n_levels < len(rows):
         raise ObsError(
-            f"labels has {n_levels} level{'s' * (n_levels != 1)} among {len(rows)} cells; a silhouette "
-            "compares 2 at least, and some cells must share one"
+            f"labels has {n_levels} level{'s' * (n_levels != 1)} among {len(rows)} cells looked at; a "
+            "silhouette compares 2 at least, and some cells must share one"
         )
     return float(silhouette_score(np.asarray(latent)[rows], codes)), len(rows)
 

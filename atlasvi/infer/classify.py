@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.stats
 import torch
 from numpy.typing import NDArray
 
@@ -37,18 +36,24 @@ def probability_blocks(
         yield module.class_logits(minibatch, noise).softmax(-1).cpu().numpy()
 
 
-# Of a normal distribution, the share that lies within distance 1.
+# The share of the cells with labels that lie within distance 1 of their own.
 _WITHIN = 0.99
+# Of a label with as many cells half of the covariance is its own, half that of all labels' cells.
+_SHRINKING = 20
 
 
-def label_moments(
+def label_regions(
     module: torch.nn.Module,
     minibatches: Iterator[Minibatch],
     device: torch.device,
     labels: NDArray[np.integer],
     n_labels: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean ``(K, d)`` and covariance ``(K, d, d)`` of draws of q(z|x) of the cells of each label.
+    """Where the cells of each label lie: means ``(K, d)`` and matrices ``(K, d, d)`` for `distance_blocks`.
+
+    The matrix of a label is the covariance of the means of q(z|x) of its cells, shrunk to that within all
+    labels, and their mean posterior variance, times one number for all labels: 99 % of the cells lie within
+    distance 1 of their own label.
 
     Args:
         module: satisfies `types.Encodes`.
@@ -60,30 +65,40 @@ def label_moments(
     blocks = list(latent_blocks(module, minibatches, device))
     loc, scale = (np.concatenate(part).astype(np.float64) for part in zip(*blocks, strict=True))
     n_latent = loc.shape[1]
-    means, covariances = np.zeros((n_labels, n_latent)), np.zeros((n_labels, n_latent, n_latent))
-    for k in np.unique(labels):
-        of = loc[labels == k]
-        means[k] = of.mean(0)
-        off = of - means[k]
-        covariances[k] = off.T @ off / len(of) + np.diag((scale[labels == k] ** 2).mean(0))
-    return means, covariances
+    means, matrices = np.zeros((n_labels, n_latent)), np.zeros((n_labels, n_latent, n_latent))
+    there = np.unique(labels)
+    for k in there:
+        means[k] = loc[labels == k].mean(0)
+    off = loc - means[labels]
+    within = off.T @ off / len(off)
+    for k in there:
+        of = off[labels == k]
+        shrunk = (of.T @ of + _SHRINKING * within) / (len(of) + _SHRINKING)
+        matrices[k] = shrunk + np.diag((scale[labels == k] ** 2).mean(0))
+    own = np.concatenate([((off[labels == k] @ _whitening(matrices[k])) ** 2).sum(1) for k in there])
+    unit = float(np.quantile(own, _WITHIN))
+    return means, matrices * (unit or 1.0)  # 0 where no label has two cells
 
 
 def distance_blocks(
-    latents: Iterator[NDArray[np.float32]], means: NDArray[np.float64], covariances: NDArray[np.float64]
+    latents: Iterator[NDArray[np.float32]], means: NDArray[np.float64], matrices: NDArray[np.float64]
 ) -> Iterator[NDArray[np.float64]]:
-    """``(B, K)`` Mahalanobis distances from each label's mean, in units of what 99 % of a normal are within.
+    """``(B, K)`` Mahalanobis distances of cells from labels.
 
     Args:
         latents: means of q(z|x), blocks of ``(B, d)``.
-        means: of `label_moments`.
-        covariances: likewise; a label whose covariance is zero has no cells, and is infinitely far.
+        means: of `label_regions`.
+        matrices: likewise; a label whose matrix is zero has no cells, and is infinitely far.
     """
-    unit = scipy.stats.chi2.ppf(_WITHIN, means.shape[1])
-    known = [k for k, covariance in enumerate(covariances) if covariance.any()]
-    whitening = {k: np.linalg.inv(np.linalg.cholesky(covariances[k])) for k in known}
+    whitening = {k: _whitening(matrix) for k, matrix in enumerate(matrices) if matrix.any()}
     for z in latents:
         far = np.full((len(z), len(means)), np.inf)
-        for k in known:
-            far[:, k] = np.sqrt((((z - means[k]) @ whitening[k].T) ** 2).sum(1) / unit)
+        for k, factor in whitening.items():
+            far[:, k] = np.sqrt((((z - means[k]) @ factor) ** 2).sum(1))
         yield far
+
+
+def _whitening(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """W with W W' the inverse."""
+    inverse: NDArray[np.float64] = np.linalg.inv(np.linalg.cholesky(matrix))
+    return inverse.T

@@ -227,9 +227,14 @@ class CountModel(Answers[Config, Module]):
             frozen(self.module, self._freeze),
         ):
             origin = self.origin
+            # Cells of a reference stay where they are if all that encodes them is frozen.
+            freeze = self._freeze
+            stay = freeze is not None and freeze.everything_else and freeze.batchnorm_encoder
 
             def at_start(progress: Progress) -> None:
                 # What is refused before leaves the model as it was.
+                if not stay:
+                    self._forget_latents()
                 if self.is_trained and origin is None:
                     self.origin = "trained before"  # until an epoch of this run has ended
                 self._split, self._looks_like = split, run["cells"]
@@ -251,10 +256,6 @@ class CountModel(Answers[Config, Module]):
                 if on_check is not None and ranks.rank() == 0:
                     on_check(check)
 
-            # Of a reference that is frozen cells stay where they are.
-            moves = self._freeze is None or not self._freeze.everything_else
-            if moves:
-                self._forget_latents()
             try:
                 progress = fit(
                     self.module,
@@ -283,7 +284,7 @@ class CountModel(Answers[Config, Module]):
                     self.origin = "stopped in its first epoch"
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
-        if moves:
+        if not stay:
             self._learn_latents()
 
     def refine_posterior(

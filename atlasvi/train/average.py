@@ -12,8 +12,10 @@ EVERY, AT_FIRST = 8, 64
 
 
 def floating_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and batch-norm statistics, not copied."""
-    return {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    """Weights and batch-norm statistics, not copied; without what a module names as ``aside``."""
+    aside = getattr(module, "aside", ())
+    state = module.state_dict().items()
+    return {name: value for name, value in state if value.is_floating_point() and name not in aside}
 
 
 class Averaged:

@@ -377,7 +377,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     def means(name: str, method: str, *columns: str) -> list[str]:
         rows = [found for found in runs if (found["task"], found["method"]) == (name, method)]
         of = [
-            f"{np.mean([row[column] for row in rows]):.3f}" if column in rows[0] else ""
+            f"{np.mean([row[column] for row in rows]):.3f}" if all(column in row for row in rows) else ""
             for column in columns
             if rows
         ]

@@ -8,7 +8,6 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import mahalanobis
-from scipy.stats import chi2
 from sklearn.metrics import log_loss, roc_auc_score
 
 import atlasvi
@@ -122,17 +121,25 @@ def test_a_query_may_have_fewer_labels_than_a_minibatch_takes(cells):
     train(SCANVI.load_query_data(cells, reference), 1, train_size=1.0)
 
 
-def test_distances_are_mahalanobis_to_the_draws_of_each_labels_cells(cells, monkeypatch):
+def test_distances_are_mahalanobis_and_99_percent_are_within_one_of_their_label(cells, monkeypatch):
     model = train(build(cells), 3)
     loc, variance = model.get_latent_representation(return_dist=True)
     label = cells.obs["label"].to_numpy()
+    known = np.isin(label, model.labels)
+    centred = loc.astype(float)
+    for name in model.labels:
+        centred[label == name] -= centred[label == name].mean(0)
+    within = np.cov(centred[known].T, ddof=0)  # the means are zero
     expected = np.empty((400, 3))
     for k, name in enumerate(model.labels):
         of = loc[label == name].astype(float)
-        covariance = np.cov(of.T, ddof=0) + np.diag(variance[label == name].mean(0))
-        expected[:, k] = [mahalanobis(z, of.mean(0), np.linalg.inv(covariance)) for z in loc]
+        shrunk = (len(of) * np.cov(of.T, ddof=0) + 20 * within) / (len(of) + 20)
+        inverse = np.linalg.inv(shrunk + np.diag(variance[label == name].mean(0)))
+        expected[:, k] = [mahalanobis(z, of.mean(0), inverse) for z in loc]
+    own = expected[known, [model.labels.index(name) for name in label[known]]]
+    expected /= np.sqrt(np.quantile(own**2, 0.99))
     found = model.label_distances()
-    np.testing.assert_allclose(found, expected / np.sqrt(chi2.ppf(0.99, 4)), rtol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert list(found.columns) == list(model.labels) and list(found.index) == list(cells.obs_names)
     some = model.label_distances(indices=[5, 2], batch_size=1)
     pd.testing.assert_frame_equal(some, found.iloc[[5, 2]])
@@ -151,10 +158,10 @@ def test_cells_of_a_type_that_nobody_labelled_lie_far_from_all_labels(cells):
     model = train(build(cells))
     nearest = model.label_distances().to_numpy().min(1)
     assert roc_auc_score(is_new, nearest) > 0.95
-    within = model.predict(max_distance=2)
-    np.testing.assert_array_equal(within == "Unknown", nearest > 2)
-    np.testing.assert_array_equal(within[nearest <= 2], model.predict()[nearest <= 2])
-    assert (nearest[~is_new] <= 1).mean() > 0.9
+    within = model.predict(max_distance=1)
+    np.testing.assert_array_equal(within == "Unknown", nearest > 1)
+    np.testing.assert_array_equal(within[nearest <= 1], model.predict()[nearest <= 1])
+    assert (within == "Unknown")[is_new].mean() > 0.8 and (within == "Unknown")[~is_new].mean() < 0.15
     for wrong in ({"max_distance": 0}, {"max_distance": float("nan")}, {"max_distance": 1, "soft": True}):
         with pytest.raises(OptionError, match="max_distance="):
             model.predict(**wrong)
@@ -176,8 +183,41 @@ def test_where_labels_lie_is_saved_and_stays_while_latents_do(cells, tmp_path):
     pd.testing.assert_frame_equal(model.label_distances(), expected)
     with pytest.raises(ObsError, match="no cell has one of the labels 'B', 'NK', 'T'"):
         moved.locate_labels()
+    thawed = train(SCANVI.load_query_data(query, model, freeze_batchnorm_encoder=False), 1)
+    with pytest.raises(OptionError, match="moved latents without labels"):
+        thawed.label_distances()
     moved.locate_labels(cells)
-    assert (moved.label_distances(cells).to_numpy().min(1) < 1).mean() > 0.9
+    own = moved.label_distances(cells).to_numpy()
+    has_label = (cells.obs["label"] != "Unknown").to_numpy()
+    of = [moved.labels.index(name) for name in cells.obs["label"][has_label]]
+    assert np.mean(own[has_label, of] <= 1) == pytest.approx(0.99, abs=0.02)
+
+
+def test_a_label_may_have_one_cell_and_one_without_any_is_infinitely_far(cells):
+    model = train(build(cells), 2)
+    few = cells[np.r_[0:60]].copy()
+    few.obs["label"] = np.where(np.arange(60) == 0, "T", "Unknown")
+    few.obs.iloc[[1, 2, 3], few.obs.columns.get_loc("label")] = "B"
+    model.locate_labels(few)
+    far = model.label_distances()
+    assert np.isinf(far["NK"]).all() and np.isfinite(far[["T", "B"]]).all(axis=None)
+    assert far["T"].iloc[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_latents_that_are_at_hand_stay_those_of_the_model(cells):
+    model = train(build(cells), 1)
+    encoded = model.encode()
+    model.locate_labels(cells[:200].copy())
+    assert model.get_normalized_expression(encoded, return_numpy=True).shape == cells.shape
+
+
+def test_training_that_is_refused_leaves_the_distances(cells, tmp_path):
+    model = train(build(cells), 1)
+    expected = model.label_distances()
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(Exception, match=r"mine\.txt"):
+        train(model, 1, checkpoint=tmp_path)
+    pd.testing.assert_frame_equal(model.label_distances(), expected)
 
 
 def test_a_folder_of_before_says_how_to_find_where_labels_lie(cells, tmp_path):
