@@ -369,8 +369,8 @@ def predict(
     max_distance: Annotated[
         float | None,
         typer.Option(
-            help="Of scanvi: cells farther from every label are called unknown. 99 % of a label's own are "
-            "within 1."
+            help="Of scanvi: cells farther from every label are called unknown; 99 % of the cells with "
+            "labels are within 1 of their own."
         ),
     ] = None,
     unknown: Annotated[str, typer.Option(help="What these are called.")] = "unknown",
