@@ -36,10 +36,10 @@ def probability_blocks(
         yield module.class_logits(minibatch, noise).softmax(-1).cpu().numpy()
 
 
-# The share of the cells with labels that lie within distance 1 of their own.
+# The share of a label's cells that lie within distance 1 of it.
 _WITHIN = 0.99
-# Of a label with as many cells half of the covariance is its own, half that of all labels' cells.
-_SHRINKING = 20
+# Fewer cells do not tell their covariance.
+_FEW = 20
 
 
 def label_regions(
@@ -51,9 +51,9 @@ def label_regions(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where the cells of each label lie: means ``(K, d)`` and matrices ``(K, d, d)`` for `distance_blocks`.
 
-    The matrix of a label is the covariance of the means of q(z|x) of its cells, shrunk to that within all
-    labels, and their mean posterior variance, times one number for all labels: 99 % of the cells lie within
-    distance 1 of their own label.
+    The matrix of a label is the covariance of the means of q(z|x) of its cells and their mean posterior
+    variance, times a number: 99 % of its cells lie within distance 1. A label of fewer than 20 cells takes
+    the covariance within all labels, and their number.
 
     Args:
         module: satisfies `types.Encodes`.
@@ -71,13 +71,17 @@ def label_regions(
         means[k] = loc[labels == k].mean(0)
     off = loc - means[labels]
     within = off.T @ off / len(off)
+    own = np.empty(len(off))
     for k in there:
         of = off[labels == k]
-        shrunk = (of.T @ of + _SHRINKING * within) / (len(of) + _SHRINKING)
-        matrices[k] = shrunk + np.diag((scale[labels == k] ** 2).mean(0))
-    own = np.concatenate([((off[labels == k] @ _whitening(matrices[k])) ** 2).sum(1) for k in there])
-    unit = float(np.quantile(own, _WITHIN))
-    return means, matrices * (unit or 1.0)  # 0 where no label has two cells
+        covariance = within if len(of) < _FEW else of.T @ of / len(of)
+        matrices[k] = covariance + np.diag((scale[labels == k] ** 2).mean(0))
+        own[labels == k] = ((of @ _whitening(matrices[k])) ** 2).sum(1)
+    for k in there:
+        of = own[labels == k]
+        unit = float(np.quantile(own if len(of) < _FEW else of, _WITHIN))
+        matrices[k] *= unit or 1.0  # 0 where no label has two cells
+    return means, matrices
 
 
 def distance_blocks(

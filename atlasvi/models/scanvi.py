@@ -21,9 +21,9 @@ Mahalanobis distance::
 
     (m - m_y)' C_y^-1 (m - m_y)                                                                 (6)
 
-of the mean m of q(z|x) from the cells of label y, whose own have mean m_y and covariance C_y, shrunk a
-little to that within all labels and with the posterior's variance added, in units that 99 % of the labelled
-cells are within of their label (Lee et al. 2018, NeurIPS, measure a classifier's features so).
+of the mean m of q(z|x) from the cells of label y, whose own have mean m_y and covariance C_y, the posterior's
+variance added, in units that 99 % of them are within (Lee et al. 2018, NeurIPS, measure a classifier's
+features so).
 """
 
 from __future__ import annotations
@@ -639,7 +639,7 @@ class SCANVI(CountModel[SCANVIConfig, SCANVIModule]):
     ) -> pd.DataFrame:
         """How far each cell lies from the labelled cells of each label: cells x labels, float64.
 
-        The root of (6): 99 % of the cells with labels are within 1 of their own. A cell beyond 1 of all
+        The root of (6): 99 % of the cells that have a label are within 1 of it. A cell beyond 1 of all
         labels is unlike nearly all that have one: of a type without label, or measured otherwise. A
         probability does not say so: it compares labels with each other. A label of which no cell was seen is
         infinitely far.

@@ -399,7 +399,10 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 by_type.append([*of, *found])
             if name not in usual and (found := means(name, method, "accuracy", *CERTAINTY, *DISTANCE)):
                 certain.append([*of, *found])
-    heads = ["labelled, certain", "the other, certain", "AUROC", "labelled, near", "the other, near", "AUROC"]
+    heads = [
+        "labelled, certain", "the other, certain", "AUROC",
+        "labelled, near", "the other, near", "AUROC, distance",
+    ]  # fmt: skip
     return "\n\n".join([
         table(["", *(NAMES.get(method, method) for method in methods)], right, 1),
         table(["", "", *MARKERS], by_type, 2),

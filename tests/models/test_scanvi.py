@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import atlasvi
 from atlasvi.errors import NotTrainedError, ObsError, OptionError
+from atlasvi.infer import classify
 from atlasvi.models import base, scanvi
 from atlasvi.models.scanvi import SCANVI, WithLabelled
 from atlasvi.models.scvi import SCVI
@@ -121,23 +122,25 @@ def test_a_query_may_have_fewer_labels_than_a_minibatch_takes(cells):
     train(SCANVI.load_query_data(cells, reference), 1, train_size=1.0)
 
 
-def test_distances_are_mahalanobis_and_99_percent_are_within_one_of_their_label(cells, monkeypatch):
+@pytest.mark.parametrize("few", [1, 20])
+def test_distances_are_mahalanobis_and_99_percent_of_a_labels_cells_are_within_one(few, cells, monkeypatch):
+    monkeypatch.setattr(classify, "_FEW", few)  # the labels have 13, 16 and 21 cells
     model = train(build(cells), 3)
     loc, variance = model.get_latent_representation(return_dist=True)
     label = cells.obs["label"].to_numpy()
-    known = np.isin(label, model.labels)
-    centred = loc.astype(float)
-    for name in model.labels:
-        centred[label == name] -= centred[label == name].mean(0)
-    within = np.cov(centred[known].T, ddof=0)  # the means are zero
-    expected = np.empty((400, 3))
+    sizes = {name: (label == name).sum() for name in model.labels}
+    off = [loc[label == name] - loc[label == name].mean(0, dtype=float) for name in model.labels]
+    within = np.cov(np.concatenate(off).T, ddof=0)  # the means are zero
+    expected, own = np.empty((400, 3)), {}
     for k, name in enumerate(model.labels):
         of = loc[label == name].astype(float)
-        shrunk = (len(of) * np.cov(of.T, ddof=0) + 20 * within) / (len(of) + 20)
-        inverse = np.linalg.inv(shrunk + np.diag(variance[label == name].mean(0)))
+        covariance = within if sizes[name] < few else np.cov(of.T, ddof=0)
+        inverse = np.linalg.inv(covariance + np.diag(variance[label == name].mean(0)))
         expected[:, k] = [mahalanobis(z, of.mean(0), inverse) for z in loc]
-    own = expected[known, [model.labels.index(name) for name in label[known]]]
-    expected /= np.sqrt(np.quantile(own**2, 0.99))
+        own[name] = expected[label == name, k]
+    for k, name in enumerate(model.labels):
+        of = np.concatenate(list(own.values())) if sizes[name] < few else own[name]
+        expected[:, k] /= np.sqrt(np.quantile(of**2, 0.99))
     found = model.label_distances()
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert list(found.columns) == list(model.labels) and list(found.index) == list(cells.obs_names)
