@@ -391,12 +391,12 @@ def predict(
     trained = load(model, _open(atlases))
     if not hasattr(trained, "labels"):
         raise OptionError(f"{type(trained).__name__} has no labels to predict; SCANVI and ACTINN have")
-    if max_distance is not None and not hasattr(trained, "label_distances"):
-        raise OptionError(f"--max-distance is of scanvi; of {type(trained).__name__} use --threshold")
-    if max_distance is not None and not max_distance > 0:
-        raise OptionError(f"--max-distance must be above 0, is {max_distance}")
     far: dict[str, Any] = {}
     if max_distance is not None:
+        if not hasattr(trained, "label_distances"):
+            raise OptionError(f"--max-distance is of scanvi; of {type(trained).__name__} use --threshold")
+        if not max_distance > 0:
+            raise OptionError(f"--max-distance must be above 0, is {max_distance}")
         far = {
             "distances": lambda cells: trained.label_distances(indices=cells),
             "max_distance": max_distance,

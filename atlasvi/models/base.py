@@ -227,9 +227,7 @@ class CountModel(Answers[Config, Module]):
             frozen(self.module, self._freeze),
         ):
             origin = self.origin
-            # Cells of a reference stay where they are if all that encodes them is frozen.
-            freeze = self._freeze
-            stay = freeze is not None and freeze.everything_else and freeze.batchnorm_encoder
+            stay = self._freeze is not None and self._freeze.keeps_latents
 
             def at_start(progress: Progress) -> None:
                 # What is refused before leaves the model as it was.

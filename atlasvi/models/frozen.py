@@ -32,6 +32,11 @@ class Freeze:
     classifier: bool = True
     everything_else: bool = True
 
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether cells of the reference's batches stay where they are: all that encodes them is frozen."""
+        return self.everything_else and self.batchnorm_encoder
+
 
 @contextmanager
 def frozen(module: Any, freeze: Freeze | None) -> Iterator[None]:
