@@ -310,11 +310,14 @@ def train(
     )  # fmt: skip
     trained = kind(data, **options)
     plan = {"lr": lr, "n_epochs_kl_warmup": kl_warmup_epochs}
+    kept: dict[str, Any] = {
+        "checkpoint": out / CHECKPOINT, "checkpoint_every_seconds": checkpoint_every, "resume": resume,
+        "memory_budget": memory_budget, "on_epoch": CsvLog(log, after=earlier if resume else None),
+    }  # fmt: skip
     if issubclass(kind, FactorModel):
         _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
         trained.train(
-            max_epochs, train_size, seed=seed, memory_budget=memory_budget,
-            on_epoch=CsvLog(log),
+            max_epochs, train_size, seed=seed, **kept,
         )  # fmt: skip
     else:
         trained.train(
@@ -322,9 +325,7 @@ def train(
             batch_size="auto" if batch_size == "auto" else _as_type("int", "batch_size", batch_size),
             early_stopping=early_stopping, precision=precision,
             schedule="scvi-tools" if paper and schedule is None else schedule,
-            plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed,
-            checkpoint=out / CHECKPOINT, checkpoint_every_seconds=checkpoint_every, resume=resume,
-            memory_budget=memory_budget, on_epoch=CsvLog(log, after=earlier if resume else None),
+            plan_kwargs={name: value for name, value in plan.items() if value is not None}, seed=seed, **kept,
         )  # fmt: skip
     trained.save(out, overwrite=True)
     last = trained.records[-1]
@@ -763,7 +764,6 @@ def demo(
 # Options of `train` that a model fitted by passes over the cells has no use for.
 _OF_MINIBATCHES = (
     "accelerator", "batch_size", "schedule", "precision", "early_stopping", "lr", "kl_warmup_epochs",
-    "checkpoint_every", "resume",
 )  # fmt: skip
 
 

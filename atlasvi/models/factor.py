@@ -27,10 +27,12 @@ made in one pass; with more, each product is a pass over the cells, and PCA is a
 from __future__ import annotations
 
 import abc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -46,6 +48,7 @@ from atlasvi.models.data import LibraryMoments, split_cells, split_options
 from atlasvi.progress import bar
 from atlasvi.store.identity import look
 from atlasvi.stream import Epochs
+from atlasvi.train.checkpoint import claim, naming_damage, read_checkpoint, write_checkpoint
 from atlasvi.train.history import EpochRecord
 from atlasvi.types import FieldMap, LossTerms, Minibatch, Noise, Posterior, StepWeights
 
@@ -94,25 +97,26 @@ def transformed(counts: CSR, transform: str) -> sp.csr_matrix:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a fit needs to know of the cells.
+    """What one pass over the cells finds.
 
     Args:
         mean: ``(G,)`` of y.
         variance: ``(G,)`` of y, the diagonal of S (1/n).
-        times: ``(G, k) -> (G, k)``, S times a matrix.
-        covariance: S where it is in memory.
         log_jacobian: mean over cells of what (3) subtracts; 0 without a logarithm.
+        covariance: S, up to `LARGEST_COVARIANCE` genes.
     """
 
     mean: Matrix
     variance: Matrix
-    times: Callable[[Matrix], Matrix]
-    covariance: Matrix | None
     log_jacobian: float
+    covariance: Matrix | None
 
 
-def moments(blocks: Callable[[], Iterator[sp.csr_matrix]], n_vars: int, *, is_log: bool) -> Moments:
-    """One pass over the cells; with more than `LARGEST_COVARIANCE` genes, ``times`` is another one each time.
+Blocks = Callable[[], Iterator["sp.csr_matrix"]]
+
+
+def moments(blocks: Blocks, n_vars: int, *, is_log: bool) -> Moments:
+    """One pass over the cells.
 
     Args:
         blocks: y of all cells, some rows at a time.
@@ -132,54 +136,157 @@ def moments(blocks: Callable[[], Iterator[sp.csr_matrix]], n_vars: int, *, is_lo
                 dense = y[start : start + rows].toarray()
                 products += dense.T @ dense
     mean = total / n
-    variance = np.maximum(squares / n - mean**2, 0)
-    if products is not None:
-        covariance = products / n - np.outer(mean, mean)
-        return Moments(mean, variance, lambda q: covariance @ q, covariance, jacobian / n)
-
-    def times(q: Matrix) -> Matrix:
-        out = np.zeros(q.shape)
-        for y in blocks():
-            out += y.T @ (y @ q)
-        product: Matrix = out / n - np.outer(mean, mean @ q)
-        return product
-
-    return Moments(mean, variance, times, None, jacobian / n)
+    covariance = None if products is None else products / n - np.outer(mean, mean)
+    return Moments(mean, np.maximum(squares / n - mean**2, 0), jacobian / n, covariance)
 
 
-def leading(
-    found: Moments, n_latent: int, seed: int, after: Callable[[int], None], most: int, tol: float
-) -> tuple[Matrix, Matrix]:
-    """The leading eigenvalues ``(L,)`` of S, falling, and eigenvectors ``(G, L)``, their largest entry > 0.
+@dataclass
+class Fit:
+    """A fit under way, and where it is written.
 
     Args:
-        found: S, or products with it.
+        module: whose parameters are fitted.
+        blocks: y of all cells, some rows at a time.
+        n_cells: how many they are.
+        most: steps at most; ``None``: as many as the model has by default.
+        tol: it is over when a step gains less than this share.
+        on_epoch: called with the record of each step.
+        checkpoint: the folder.
+        every_seconds: least time between two checkpoints.
+        run: options that a resumed fit must share.
+        records: of the steps so far.
+        at: what the next step goes on from; empty before the first.
+        is_over: whether the last step gained too little.
+    """
+
+    module: FactorModule
+    blocks: Blocks
+    n_cells: int
+    most: int | None
+    tol: float
+    on_epoch: Callable[[EpochRecord], None] | None
+    checkpoint: Path | None
+    every_seconds: float
+    run: dict[str, Any]
+    records: list[EpochRecord] = field(default_factory=list)
+    at: dict[str, Matrix] = field(default_factory=dict)
+    is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.moments: Moments | None = None
+        self.begun = self.written = time.perf_counter()
+
+    def begin(self, *, is_log: bool) -> None:
+        """The one pass that every fit begins with, unless it was resumed."""
+        if self.moments is None:
+            self.moments = moments(self.blocks, len(self.module.mean), is_log=is_log)
+            self.save()
+
+    @property
+    def known(self) -> Moments:
+        """Of the cells, after `begin`."""
+        assert self.moments is not None
+        return self.moments
+
+    def times(self, q: Matrix) -> Matrix:
+        """``(G, k) -> (G, k)``, S times a matrix: a pass over the cells if S is not in memory."""
+        found = self.known
+        if found.covariance is not None:
+            product: Matrix = found.covariance @ q
+            return product
+        n, product = 0, np.zeros(q.shape)
+        for y in self.blocks():
+            n += y.shape[0]
+            product += y.T @ (y @ q)
+        product = product / n - np.outer(found.mean, found.mean @ q)
+        return product
+
+    def steps(self, most: int) -> Iterator[None]:
+        """Those that are left of ``most``, or of as many as were asked for."""
+        while len(self.records) < (self.most or most) and not self.is_over:
+            yield
+        self.save(at_last=True)
+
+    def did(self, loss: float, gain: float, total: float, **at: Matrix) -> None:
+        """End a step: its loss, what it gained of how much, and what the next one goes on from."""
+        # In the order of memory that a file gives back, on which the rounding of products depends.
+        self.at = {name: np.asarray(value, order="C") for name, value in at.items()}
+        self.is_over = gain < self.tol * abs(total)
+        now = time.perf_counter()
+        seconds, self.begun = now - self.begun, now
+        rate = self.n_cells / max(seconds, 1e-9)
+        step = len(self.records)
+        self.records.append(
+            EpochRecord(step, loss, loss, loss, 0.0, None, None, None, 1.0, 0.0, seconds, rate)
+        )
+        if self.on_epoch is not None:
+            self.on_epoch(self.records[-1])
+        self.save()
+
+    def save(self, *, at_last: bool = False) -> None:
+        """Write it, if there is a place and the last time is long enough ago."""
+        now = time.perf_counter()
+        if self.checkpoint is None or not (at_last or now - self.written >= self.every_seconds):
+            return
+        found = self.known
+        fit = {"mean": found.mean, "variance": found.variance, "log_jacobian": np.array(found.log_jacobian)}
+        if not self.is_over:  # else no step comes that would need it
+            fit |= {f"at.{name}": value for name, value in self.at.items()}
+            fit |= {} if found.covariance is None else {"covariance": found.covariance}
+        tensors = {
+            "weights": self.module.state_dict(),
+            "fit": {name: torch.from_numpy(value) for name, value in fit.items()},
+        }
+        rest = {"records": [asdict(record) for record in self.records], "is_over": self.is_over}
+        write_checkpoint(self.checkpoint, tensors, rest, self.run)
+        self.written = now
+
+    def resume(self) -> None:
+        """Go on from the checkpoint."""
+        assert self.checkpoint is not None
+        tensors, rest = read_checkpoint(self.checkpoint, self.run, ("weights", "fit"))
+        with naming_damage(self.checkpoint):
+            fit = {name: value.numpy() for name, value in tensors["fit"].items()}
+            self.moments = Moments(
+                fit["mean"], fit["variance"], float(fit["log_jacobian"]), fit.get("covariance")
+            )
+            self.at = {name.removeprefix("at."): v for name, v in fit.items() if name.startswith("at.")}
+            self.records = [EpochRecord(**record) for record in rest["records"]]
+            self.is_over = bool(rest["is_over"])
+        self.module.load_state_dict(tensors["weights"])
+
+
+def leading(fit: Fit, n_latent: int, seed: int) -> Iterator[tuple[Matrix, Matrix, dict[str, Any]]]:
+    """Leading eigenvalues ``(L,)`` of S, falling, and eigenvectors ``(G, L)``, their largest entry > 0.
+
+    A better estimate after each pass, and what `Fit.did` is to be told of it.
+
+    Args:
+        fit: what is known of S.
         n_latent: L.
         seed: of the random start.
-        after: told the number of passes.
-        most: passes at most.
-        tol: stop when the eigenvalues' sum grows by less than this share.
     """
-    if found.covariance is not None:
-        values, vectors = np.linalg.eigh(found.covariance)
-        values, vectors = values[::-1][:n_latent], vectors[:, ::-1][:, :n_latent]
-    else:
-        width = min(n_latent + max(_OVERSAMPLES, n_latent // 2), len(found.mean))
-        q = np.linalg.qr(
-            np.random.Generator(np.random.Philox(key=seed)).normal(size=(len(found.mean), width))
-        )[0]
-        before = -math.inf
-        for i in range(most):
-            product = found.times(q)
-            after(i)
+    n_vars = len(fit.known.mean)
+    width = min(n_latent + max(_OVERSAMPLES, n_latent // 2), n_vars)
+    covariance = fit.known.covariance
+    for _ in fit.steps(_MOST_PASSES):
+        if covariance is not None:
+            values, vectors = np.linalg.eigh(covariance)
+            gain, at = -math.inf, {}  # nothing is left to gain
+        else:
+            q = fit.at.get("q")
+            if q is None:
+                rng = np.random.Generator(np.random.Philox(key=seed))
+                q = np.linalg.qr(rng.normal(size=(n_vars, width)))[0]
+            product = fit.times(q)
             values, rotation = np.linalg.eigh(q.T @ product)
-            values, vectors = values[::-1][:n_latent], (q @ rotation)[:, ::-1][:, :n_latent]
-            if values.sum() - before < tol * values.sum():
-                break
-            before = values.sum()
-            q = np.linalg.qr(product)[0]
-    signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(n_latent)])
-    return np.maximum(values, 0), vectors * signs
+            vectors = q @ rotation
+            top = values[::-1][:n_latent].sum()
+            gain = float(top - fit.at.get("top", -math.inf))
+            at = {"q": np.linalg.qr(product)[0], "top": np.array(top)}
+        values, vectors = values[::-1][:n_latent], vectors[:, ::-1][:, :n_latent]
+        signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(n_latent)])
+        yield np.maximum(values, 0), vectors * signs, {"gain": gain, "total": values.sum(), **at}
 
 
 class FactorModule(nn.Module):
@@ -285,13 +392,17 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
         seed: int = 0,
         num_workers: int | None = None,
         memory_budget: int | str | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every_seconds: float = 60.0,
+        resume: bool = False,
         on_epoch: Any = None,
         **unsupported: object,
     ) -> None:
         """Fit the model by passes over the cells where they are; the counts are never dense beyond a chunk.
 
         Args:
-            max_epochs: passes (with up to 2,048 genes, steps of EM after the one pass) at most.
+            max_epochs: passes (of factor analysis with up to 2,048 genes, steps of EM after the one pass) at
+                most.
             train_size: share of the cells to fit to; 0.9 when ``None``.
             validation_size: share kept for validation; the rest when ``None``.
             shuffle_set_split: choose them at random, or take the first ones.
@@ -300,16 +411,22 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             seed: of the split and of a random start.
             num_workers: threads that read; ``None``: cores less one, up to 4.
             memory_budget: bytes, or ``"500MB"``, that blocks may take; 256 MiB when ``None``.
+            checkpoint: folder to write the fit to, after passes.
+            checkpoint_every_seconds: least time between two checkpoints; 0 for each pass.
+            resume: go on from ``checkpoint``, to the same weights as if it had never stopped.
             on_epoch: called with each `EpochRecord`.
             **unsupported: refused by name.
 
         Raises:
             OptionError: an argument that is wrong or not supported.
+            ModelError: there is no checkpoint to go on from, or it is of another run.
         """
         refuse(f"{type(self).__name__}.train", unsupported)
         seed = checked_seed(seed)
         if max_epochs is not None:
             max_epochs = at_least_one("max_epochs", max_epochs)
+        if resume and checkpoint is None:
+            raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         atlas, codes = self._data(None)
         split = split_options(atlas.n_obs, train_size, validation_size, shuffle_set_split, seed)
         training, _, _ = split_cells(**split)
@@ -322,9 +439,16 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             atlas, codes, batch_size=4096, shuffle=False, positions=training, num_workers=num_workers,
             memory_budget=memory_budget,
         )  # fmt: skip
-        self._split, self._looks_like = split, look(atlas[:, codes.gene_columns])
-        self.records = []
-        started = time.perf_counter()
+        looks_like = look(atlas[:, codes.gene_columns])
+        run = {
+            "model": type(self).__name__,
+            "config": asdict(self.config),
+            "fields": json.loads(self.fields.to_json()),
+            "split": split,
+            "cells": looks_like,
+            "tol": tol,
+            "memory_budget": memory_budget,  # blocks of another size are summed up in another order
+        }
         with bar("fit", len(training), "cells", enabled=enable_progress_bar) as advance:
 
             def blocks() -> Iterator[sp.csr_matrix]:
@@ -332,27 +456,24 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
                 for counts, _ in epochs.counts():
                     yield transformed(counts, self.config.transform)
                     done += counts.n_obs
-                    advance(done, f"pass {len(self.records) + 1}")
+                    advance(done, f"pass {len(fit.records) + 1}")
 
-            def after(step: int, loss: float) -> None:
-                seconds = time.perf_counter() - started
-                record = EpochRecord(
-                    step, loss, loss, loss, 0.0, None, None, None, 1.0, 0.0, seconds,
-                    len(training) * (step + 1) / max(seconds, 1e-9),
-                )  # fmt: skip
-                self.records.append(record)
-                if on_epoch is not None:
-                    on_epoch(record)
-
-            found = moments(blocks, self.fields.n_vars, is_log=self.config.transform == "log1p")
-            self._fit(found, after, max_epochs, tol)
+            fit = Fit(
+                self.module, blocks, len(training), max_epochs, tol, on_epoch,
+                None if checkpoint is None else Path(checkpoint), checkpoint_every_seconds, run,
+            )  # fmt: skip
+            if fit.checkpoint is not None:
+                claim(fit.checkpoint, resume=resume)
+            if resume:
+                fit.resume()
+            self._split, self._looks_like, self.records = split, looks_like, fit.records
+            fit.begin(is_log=self.config.transform == "log1p")
+            self._fit(fit)
         self._training = {"max_epochs": max_epochs, "tol": tol}
 
     @abc.abstractmethod
-    def _fit(
-        self, found: Moments, after: Callable[[int, float], None], max_epochs: int | None, tol: float
-    ) -> None:
-        """Set the module's parameters, and say after each step what the loss is."""
+    def _fit(self, fit: Fit) -> None:
+        """Set the module's parameters after each step, and end it by `Fit.did`."""
 
     def _set(self, **values: Matrix | float) -> None:
         for name, value in values.items():
@@ -405,17 +526,12 @@ class PCA(FactorModel):
     def __init__(self, adata: Data, n_latent: int = 50, *, transform: str = "log1p", seed: int = 0) -> None:
         super().__init__(adata, FactorConfig(n_latent, transform, seed), needs_library=False)
 
-    def _fit(
-        self, found: Moments, after: Callable[[int, float], None], max_epochs: int | None, tol: float
-    ) -> None:
-        total = float(found.variance.sum())
-        passes = [-1]
-        values, vectors = leading(
-            found, self.config.n_latent, self.config.seed, passes.append, max_epochs or _MOST_PASSES, tol
-        )
-        self._set(mean=found.mean, weight=vectors, eigenvalues=values, total_variance=total)
-        # What a cell's reconstruction from its components lacks, squared.
-        after(max(passes[-1], 0), total - float(values.sum()))
+    def _fit(self, fit: Fit) -> None:
+        found, total = fit.known, float(fit.known.variance.sum())
+        for values, vectors, at in leading(fit, self.config.n_latent, self.config.seed):
+            self._set(mean=found.mean, weight=vectors, eigenvalues=values, total_variance=total)
+            # What a cell's reconstruction from its components lacks, squared.
+            fit.did(total - float(values.sum()), **at)
 
     @property
     def explained_variance_ratio(self) -> Matrix:
@@ -453,27 +569,21 @@ class PPCA(FactorModel):
     def __init__(self, adata: Data, n_latent: int = 10, *, transform: str = "log1p", seed: int = 0) -> None:
         super().__init__(adata, FactorConfig(n_latent, transform, seed), needs_library=False)
 
-    def _fit(
-        self, found: Moments, after: Callable[[int, float], None], max_epochs: int | None, tol: float
-    ) -> None:
-        config, total = self.config, float(found.variance.sum())
-        passes = [-1]
-        most = max_epochs or _MOST_PASSES
-        values, vectors = leading(found, config.n_latent, config.seed, passes.append, most, tol)
+    def _fit(self, fit: Fit) -> None:
+        found, config, total = fit.known, self.config, float(fit.known.variance.sum())
         n_vars = len(found.mean)
-        noise = max((total - float(values.sum())) / (n_vars - config.n_latent), _LEAST_NOISE)
-        weight = vectors * np.sqrt(np.maximum(values - noise, 0))
-        self._set(
-            mean=found.mean,
-            weight=weight,
-            noise=np.full(n_vars, noise),
-            eigenvalues=values,
-            total_variance=total,
-        )
-        log_det = np.log(np.maximum(values, noise)).sum() + (n_vars - config.n_latent) * math.log(noise)
-        trace = (values / np.maximum(values, noise)).sum() + (total - values.sum()) / noise
-        log_p = -0.5 * (n_vars * math.log(2 * math.pi) + log_det + trace) - found.log_jacobian
-        after(max(passes[-1], 0), -float(log_p))
+        n_rest = n_vars - config.n_latent
+        for values, vectors, at in leading(fit, config.n_latent, config.seed):
+            noise = max((total - float(values.sum())) / n_rest, _LEAST_NOISE)
+            weight = vectors * np.sqrt(np.maximum(values - noise, 0))
+            self._set(
+                mean=found.mean, weight=weight, noise=np.full(n_vars, noise), eigenvalues=values,
+                total_variance=total,
+            )  # fmt: skip
+            log_det = np.log(np.maximum(values, noise)).sum() + n_rest * math.log(noise)
+            trace = (values / np.maximum(values, noise)).sum() + (total - values.sum()) / noise
+            log_p = -0.5 * (n_vars * math.log(2 * math.pi) + log_det + trace) - found.log_jacobian
+            fit.did(-float(log_p), **at)
 
 
 class FactorAnalysis(FactorModel):
@@ -500,30 +610,25 @@ class FactorAnalysis(FactorModel):
     def __init__(self, adata: Data, n_latent: int = 10, *, transform: str = "log1p", seed: int = 0) -> None:
         super().__init__(adata, FactorConfig(n_latent, transform, seed), needs_library=False)
 
-    def _fit(
-        self, found: Moments, after: Callable[[int, float], None], max_epochs: int | None, tol: float
-    ) -> None:
-        n_vars, n_latent = len(found.mean), self.config.n_latent
-        variance = np.maximum(found.variance, _LEAST_NOISE)
+    def _fit(self, fit: Fit) -> None:
+        found, n_latent = fit.known, self.config.n_latent
+        n_vars, variance = len(found.mean), np.maximum(found.variance, _LEAST_NOISE)
         rng = np.random.Generator(np.random.Philox(key=self.config.seed))
-        psi = variance.copy()
-        weight = rng.normal(size=(n_vars, n_latent)) * np.sqrt(variance / n_latent)[:, None]
-        before = -math.inf
-        for step in range(max_epochs or _MOST_STEPS):
+        start = rng.normal(size=(n_vars, n_latent)) * np.sqrt(variance / n_latent)[:, None]
+        for _ in fit.steps(_MOST_STEPS):
+            weight, psi = fit.at.get("weight", start), fit.at.get("psi", variance)
             scaled = weight / psi[:, None]
             m = np.eye(n_latent) + weight.T @ scaled
             b = np.linalg.solve(m, scaled.T)
-            c = found.times(b.T)
+            c = fit.times(b.T)
             log_det = np.log(psi).sum() + np.linalg.slogdet(m)[1]
             trace = (found.variance / psi).sum() - (m * (b @ c)).sum()
             log_p = -0.5 * float(n_vars * math.log(2 * math.pi) + log_det + trace) - found.log_jacobian
             self._set(mean=found.mean, weight=weight, noise=psi, total_variance=found.variance.sum())
-            after(step, -log_p)
-            if log_p - before < tol * abs(log_p):
-                break
-            before = log_p
             weight = np.linalg.solve(np.linalg.inv(m) + b @ c, c.T).T
             psi = np.maximum(found.variance - (weight * c).sum(1), _LEAST_NOISE)
+            gain = log_p - float(fit.at.get("log_p", -math.inf))
+            fit.did(-log_p, gain, log_p, weight=weight, psi=psi, log_p=np.array(log_p))
 
 
 __all__ = ["PCA", "PPCA", "FactorAnalysis", "FactorConfig", "FactorModel", "FactorModule"]

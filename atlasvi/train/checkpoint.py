@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from atlasvi.train.history import LOOKED_AT, Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
 FORMAT = 5
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-AVERAGE, BEST = "average.safetensors", "best.safetensors"
+STATE, TENSORS = "state.json", ".safetensors"
+# Its files of tensors: of training by minibatches the first four, of a fit by passes `weights` and `fit`.
+PARTS = ("weights", "optimizer", "average", "best", "fit")
+Tensors = dict[str, torch.Tensor]
 # Of a run's options, checksums of the data, and what another one means.
 _DATA = {
     "cells": "other cells, or of the same in another order",
@@ -116,7 +120,7 @@ def claim(path: Path, *, resume: bool) -> None:
         return
     if not path.is_dir():
         raise ModelError(f"{str(path)!r} is a file; name a folder for the checkpoint")
-    ours = (WEIGHTS, OPTIMIZER, STATE, AVERAGE, BEST)
+    ours = (STATE, *(part + TENSORS for part in PARTS))
     strangers = sorted(p.name for p in path.iterdir() if p.name not in ours)
     if strangers:
         raise ModelError(
@@ -128,14 +132,78 @@ def claim(path: Path, *, resume: bool) -> None:
         shutil.rmtree(path)
 
 
+def write_checkpoint(
+    path: Path, tensors: dict[str, Tensors], rest: dict[str, Any], run: dict[str, Any]
+) -> None:
+    """Write where a run stands, in place of what was there.
+
+    Args:
+        path: the folder.
+        tensors: of each of `PARTS` that there is, by name.
+        rest: what JSON has.
+        run: the options that a resumed run must share.
+    """
+    with replacing_folder(path) as new:
+        for part, values in tensors.items():
+            save_file({name: value.contiguous() for name, value in values.items()}, new / (part + TENSORS))
+        state = {"format": FORMAT, "run": run, **rest}
+        (new / STATE).write_text(json.dumps(state, default=plain_number))
+
+
+def read_checkpoint(
+    path: Path, run: dict[str, Any], needed: tuple[str, ...]
+) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """What `write_checkpoint` wrote: tensors of each part, and the rest.
+
+    Args:
+        path: the folder.
+        run: the options of this run.
+        needed: the parts that must be there; others are empty where they are not.
+
+    Raises:
+        ModelError: there is no checkpoint, it is damaged, or its run had other options.
+        VersionError: it was written by another version of the format.
+    """
+    settle(path)
+    if not (path / STATE).is_file():
+        raise ModelError(f"no checkpoint in {str(path)!r}; train without resume to start afresh")
+    with naming_damage(path):
+        rest = json.loads((path / STATE).read_text())
+        if rest["format"] < FORMAT:
+            raise VersionError(
+                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi writes and reads "
+                f"{FORMAT}: finish the run with the version that began it, or train without resume"
+            )
+        if rest["format"] > FORMAT:
+            raise VersionError(
+                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi reads up to "
+                f"{FORMAT}: pip install --upgrade atlasvi"
+            )
+        _refuse_other_run(path, rest["run"], json.loads(json.dumps(run, default=plain_number)))
+        files = {part: path / (part + TENSORS) for part in PARTS}
+        there = {part: file for part, file in files.items() if part in needed or file.is_file()}
+        return {part: load_file(there[part]) if part in there else {} for part in PARTS}, rest
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """What a checkpoint lacks, or cannot be read, becomes a `ModelError` that says so."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"the checkpoint in {str(path)!r} is damaged ({error}); train without resume to start afresh"
+        ) from error
+
+
 def save_checkpoint(
     path: Path,
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau | None,
     progress: Progress,
-    average: dict[str, torch.Tensor],
-    best: dict[str, torch.Tensor],
+    average: Tensors,
+    best: Tensors,
     run: dict[str, Any],
 ) -> None:
     """Write all that a run needs to go on to the same weights, in place of what was there.
@@ -152,24 +220,16 @@ def save_checkpoint(
     """
     state = optimizer.state_dict()
     moments = {
-        f"{index}.{name}": value.contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
+        f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()
     }
+    tensors = {"weights": module.state_dict(), "optimizer": moments}
+    tensors |= {part: values for part, values in (("average", average), ("best", best)) if values}
     rest = {
-        "format": FORMAT,
         "progress": progress.to_json(),
-        "run": run,
         "param_groups": state["param_groups"],
         "scheduler": None if scheduler is None else scheduler.state_dict(),
     }
-    with replacing_folder(path) as new:
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / WEIGHTS)
-        save_file(moments, new / OPTIMIZER)
-        for name, values in ((AVERAGE, average), (BEST, best)):
-            if values:
-                save_file(values, new / name)
-        (new / STATE).write_text(json.dumps(rest, default=plain_number))
+    write_checkpoint(path, tensors, rest, run)
 
 
 def batch_size_of(path: Path) -> int | None:
@@ -187,47 +247,25 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau | None,
     run: dict[str, Any],
-) -> tuple[Progress, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[Progress, Tensors, Tensors]:
     """Restore what `save_checkpoint` wrote; returns progress, averaged and best weights.
 
     Raises:
         ModelError: there is no checkpoint, it is damaged, or its run had other options.
-        VersionError: it was written by a newer atlasvi.
+        VersionError: it was written by another version of the format.
     """
-    settle(path)
-    if not (path / STATE).is_file():
-        raise ModelError(f"no checkpoint in {str(path)!r}; train without resume to start afresh")
-    try:
-        rest = json.loads((path / STATE).read_text())
-        if rest["format"] < FORMAT:
-            raise VersionError(
-                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi writes and reads "
-                f"{FORMAT}: finish the run with the version that began it, or train without resume"
-            )
-        if rest["format"] > FORMAT:
-            raise VersionError(
-                f"the checkpoint in {str(path)!r} has format {rest['format']}, this atlasvi reads up to "
-                f"{FORMAT}: pip install --upgrade atlasvi"
-            )
-        _refuse_other_run(path, rest["run"], json.loads(json.dumps(run, default=plain_number)))
-        weights, flat = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-        average, best = (
-            load_file(path / name) if (path / name).is_file() else {} for name in (AVERAGE, BEST)
-        )
+    tensors, rest = read_checkpoint(path, run, ("weights", "optimizer"))
+    with naming_damage(path):
         progress = Progress.from_json(rest["progress"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"the checkpoint in {str(path)!r} is damaged ({error}); train without resume to start afresh"
-        ) from error
-    module.load_state_dict(weights)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in flat.items():
-        index, key = name.split(".", 1)
-        moments.setdefault(int(index), {})[key] = value
+        moments: dict[int, Tensors] = {}
+        for name, value in tensors["optimizer"].items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+    module.load_state_dict(tensors["weights"])
     optimizer.load_state_dict({"state": moments, "param_groups": rest["param_groups"]})
     if scheduler is not None:
         scheduler.load_state_dict(rest["scheduler"])
-    return progress, average, best
+    return progress, tensors["average"], tensors["best"]
 
 
 def _refuse_other_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy.stats import multivariate_normal
 from sklearn import decomposition
 
 import atlasvi
-from atlasvi.errors import NotTrainedError, OptionError
+from atlasvi.errors import ModelError, NotTrainedError, OptionError
 from atlasvi.models import factor
 from atlasvi.models.factor import PCA, PPCA, FactorAnalysis
+from atlasvi.stream import Epochs
 
 KINDS = [PCA, PPCA, FactorAnalysis]
 EXACT = {"rtol": 1e-6}
@@ -126,6 +128,61 @@ def test_genes_and_cells_without_counts_are_finite(adata):
         assert np.isfinite(model.get_latent_representation()).all()
         if kind is not PCA:
             assert np.isfinite(model.get_elbo(return_mean=False)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_that_was_stopped_goes_on_to_the_same_weights(kind, adata, solver, tmp_path, monkeypatch):
+    """Passes that were written are not gone through again."""
+    passes, counts = [], Epochs.counts
+    stop_after = 1 if solver == "one pass" and kind is not FactorAnalysis else 3
+    monkeypatch.setattr(Epochs, "counts", lambda self: passes.append(1) or counts(self))
+    whole = fit(build(kind, adata), tol=1e-6)
+    in_all = len(passes)
+    passes.clear()
+
+    def stop(record):
+        if record.epoch + 1 == stop_after:
+            raise OSError("stopped")
+
+    kept = {"checkpoint": tmp_path / "c", "checkpoint_every_seconds": 0, "tol": 1e-6}
+    with pytest.raises(OSError, match="stopped"):
+        fit(build(kind, adata), on_epoch=stop, **kept)
+    resumed = fit(build(kind, adata), resume=True, **kept)
+    assert len(passes) == in_all + (solver != "one pass")  # the step that was under way comes again
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, resumed.module.state_dict()[name]), name
+    assert [r.elbo_train for r in resumed.records] == [r.elbo_train for r in whole.records]
+    # One that came to its end is there at once, and takes more steps if they are asked for.
+    passes.clear()
+    again = fit(build(kind, adata), resume=True, **kept)
+    assert not passes
+    assert torch.equal(again.module.weight, whole.module.weight)
+
+
+def test_a_fit_of_few_steps_goes_on_when_more_are_asked_for(adata, tmp_path):
+    kept = {"checkpoint": tmp_path / "c", "tol": 0}
+    fit(build(FactorAnalysis, adata), 3, **kept)
+    more, whole = (fit(build(FactorAnalysis, adata), 8, resume=r, **kept) for r in (True, False))
+    assert len(more.records) == 8
+    assert torch.equal(more.module.weight, whole.module.weight)
+
+
+def test_a_checkpoint_of_another_fit_is_refused(adata, tmp_path):
+    kept = {"checkpoint": tmp_path / "c", "tol": 1e-6}
+    fit(build(PPCA, adata), **kept)
+    for ask, error, said in (
+        (lambda: fit(build(PCA, adata), resume=True, **kept), ModelError, "model='PPCA', now 'PCA'"),
+        (lambda: fit(build(PPCA, adata, 4), resume=True, **kept), ModelError, "config.n_latent=3, now 4"),
+        (lambda: fit(build(PPCA, adata), resume=True, **{**kept, "tol": 1e-3}), ModelError, "tol=1e-06, now"),
+        (lambda: fit(build(PPCA, adata), resume=True, seed=1, **kept), ModelError, "seed=0, now 1"),
+        (lambda: fit(build(PPCA, adata[:-1].copy()), resume=True, **kept), ModelError, "other|made with"),
+        (lambda: fit(build(PPCA, adata), resume=True), OptionError, "needs checkpoint="),
+    ):
+        with pytest.raises(error, match=said):
+            ask()
+    (tmp_path / "c" / "fit.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"is damaged.*fit\.safetensors"):
+        fit(build(PPCA, adata), resume=True, **kept)
 
 
 def test_what_cannot_be_is_refused(adata):

@@ -152,6 +152,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(name, adata, tmp_pat
         assert torch.equal(value, resumed.module.state_dict()[key]), key
 
 
+def test_a_fit_by_passes_goes_on_from_the_command_line(small_store, tmp_path, monkeypatch, capsys):
+    def factor_analysis(out, *more, code=0):
+        with pytest.raises(SystemExit) as end:
+            on_command_line("factoranalysis", small_store, tmp_path / out, monkeypatch, *more)
+        assert end.value.code == code
+
+    factor_analysis("whole", "--max-epochs", "8")
+    factor_analysis("few", "--max-epochs", "3")
+    factor_analysis("few", "--max-epochs", "8", code=1)
+    assert "--resume" in capsys.readouterr().err
+    factor_analysis("few", "--max-epochs", "8", "--resume")
+    whole, resumed = (tmp_path / name for name in ("whole", "few"))
+    assert (whole / "weights.safetensors").read_bytes() == (resumed / "weights.safetensors").read_bytes()
+    assert len((resumed / "history.csv").read_text().splitlines()) == 1 + 8
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_answers_do_not_depend_on_how_cells_are_cut(name, adata):
     model = train(build(name, adata), 1)
