@@ -159,7 +159,7 @@ _MAY_BE_NONE = {"averaging", "n_steps_per_check", "n_steps_kl_warmup", "n_epochs
 # By name, as `train` takes them. What the numbers of the first come from is in docs/training.md.
 PLANS = {
     "adaptive": TrainingPlan(
-        lr=0.01, eps=0.01, n_steps_lr_warmup=40, n_epochs_kl_warmup=None, averaging=0.97,
+        lr=0.01, eps=0.01, n_steps_lr_warmup=40, n_epochs_kl_warmup=None, averaging=0.999,
         n_steps_per_check=25, start_at_means=True, patience=8, batch_norm_momentum=0.1,
     ),
     "scvi-tools": TrainingPlan(),
