@@ -147,8 +147,14 @@ def info(
             loss = class_of(path).loss_name
             unit = "a cell" if loss == "squared error" else "nats a cell"
             table.add_row(f"{loss}, training", f"{records[-1]['elbo_train']:,.1f} {unit}")
-            if records[-1]["elbo_validation"] is not None:
-                table.add_row(f"{loss}, validation", f"{records[-1]['elbo_validation']:,.1f} {unit}")
+            held_out = records[-1]["elbo_validation"]
+            checks, kept = description["checks"], (description["training"] or {}).get("kept_step")
+            if kept is not None:
+                held_out = next(check["elbo_validation"] for check in checks if check["step"] == kept)
+                last = checks[-1]["step"]
+                table.add_row("weights", f"the best on held-out cells: of step {kept:,} of {last:,}")
+            if held_out is not None:
+                table.add_row(f"{loss}, validation", f"{held_out:,.1f} {unit}")
         console.print(table)
         return
 
@@ -330,6 +336,9 @@ def train(
     trained.save(out, overwrite=True)
     last = trained.records[-1]
     held_out = "" if last.elbo_validation is None else f", {last.elbo_validation:,.1f} on held-out cells"
+    if (look := trained._kept_look) is not None:
+        held_out = f", {look.elbo_validation:,.1f} on held-out cells after step {look.step:,} of "
+        held_out += f"{trained.checks[-1].step:,}, the best and kept"
     typer.echo(f"{len(trained.records)} epochs, {kind.loss_name} {last.elbo_train:,.1f}{held_out} -> {out}")
 
 

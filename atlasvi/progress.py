@@ -12,7 +12,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Iterator[Advance]:
+def bar(
+    description: str, total: int, unit: str, *, enabled: bool = True, at_most: bool = False
+) -> Iterator[Advance]:
     """A bar for ``total`` units of work; gives a function ``(done so far, note)``.
 
     Without a terminal nothing moves: a line is printed every half minute, and one at the end.
@@ -22,6 +24,7 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
         total: units in all.
         unit: name of a unit in the plural, such as ``"cells"``.
         enabled: ``False`` prints nothing.
+        at_most: whether it may end before ``total``, and is whole then too.
     """
     if not enabled:
         yield _say_nothing
@@ -42,7 +45,7 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
             so_far, last_note = done, note
             if time.perf_counter() - said > SECONDS_BETWEEN_LINES:
                 said = time.perf_counter()
-                say(f", {total - done:,} to go")
+                say(f", {'at most ' if at_most else ''}{total - done:,} to go")
 
         yield remember
         say("")
@@ -56,6 +59,7 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
         BarColumn(bar_width=28),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"),
+        *([TextColumn("at most")] if at_most else []),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("[dim]{task.fields[note]}"),
     )
@@ -73,6 +77,8 @@ def bar(description: str, total: int, unit: str, *, enabled: bool = True) -> Ite
             progress.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s" if rate else "", note=note)
 
         yield advance
+        if at_most:
+            progress.update(task, total=progress.tasks[0].completed)
 
 
 @contextmanager

@@ -127,13 +127,18 @@ def test_python_runs_the_package_as_the_command():
 def test_the_way_from_counts_to_rho(made):
     folder, said = made
     assert "300 cells x 60 genes" in said["ingest"].stdout
-    assert "3 epochs, -ELBO" in said["train"].stdout
+    kept = re.search(
+        r"3 epochs, -ELBO [\d.]+, ([\d.]+) on held-out cells after step (\d+) of 15, the best and kept",
+        said["train"].stdout,
+    )
     assert "cells/s" not in said["train"].stdout  # progress goes to the other stream
     assert re.search(r"train, about \d+ MB, counts kept in memory: 810 cells", said["train"].stderr)
     cells = anndata.read_h5ad(folder / "cells.h5ad")
     store = anndata.read_zarr(folder / "atlas.zarr")
     assert (store.X != cells.X).nnz == 0
     model = SCVI.load(folder / "model", folder / "atlas.zarr")
+    best = model.validation_history.sort_values("elbo_validation").iloc[0]
+    assert (f"{best.elbo_validation:.1f}", str(best.name)) == kept.groups()
     np.testing.assert_allclose(store.obsm["X_scVI"], model.get_latent_representation(), rtol=1e-4, atol=1e-5)
     rho = anndata.read_zarr(folder / "rho.zarr")
     assert rho.var_names.tolist() == ["gene-5", "gene-2"]
@@ -176,7 +181,7 @@ def test_info_tells_of_atlas_and_model(made, run_here):
     for word in ("300", "60", "batch", "2 levels: b1, b2", "cell_type", "highly_variable"):
         assert word in atlas
     model = run_here("info", "model", cwd=folder)
-    for word in ("SCVI", "zinb", "b1, b2", "epochs", "nats"):
+    for word in ("SCVI", "zinb", "b1, b2", "epochs", "nats", "the best on held-out cells: of step"):
         assert word in model
 
 

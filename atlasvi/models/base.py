@@ -223,7 +223,9 @@ class CountModel(Answers[Config, Module]):
         label = f"train, {takes.short}{minibatches.kept and f', counts kept {minibatches.kept}'}"
         shown = enable_progress_bar and ranks.rank() == 0
         with (
-            bar(label, max_epochs * len(training), "cells", enabled=shown) as advance,
+            bar(
+                label, max_epochs * len(training), "cells", enabled=shown, at_most=early_stopping
+            ) as advance,
             frozen(self.module, self._freeze),
         ):
             origin = self.origin
@@ -239,7 +241,10 @@ class CountModel(Answers[Config, Module]):
                 self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
                 self.records, self.checks = list(progress.records), list(progress.checks)
 
+            done = 0
+
             def after_step(epoch: int, cells: int, elbo: float) -> None:
+                nonlocal done
                 done = epoch * len(training) + min(cells * ranks.world_size(), len(training))
                 advance(done, f"epoch {epoch + 1}/{max_epochs}  {self.loss_name} {elbo:,.1f}")
 
@@ -282,6 +287,11 @@ class CountModel(Answers[Config, Module]):
                     self.origin = "stopped in its first epoch"
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
+            assert self._training is not None
+            self._training["kept_step"] = progress.kept_step
+            if (kept := self._kept_look) is not None:
+                elbo = f"{self.loss_name} {kept.elbo_validation:,.1f} on held-out cells"
+                advance(done, f"{progress.epoch} epochs, kept step {kept.step:,}: {elbo}")
         if not stay:
             self._learn_latents()
 

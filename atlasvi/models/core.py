@@ -179,6 +179,12 @@ class Model(Generic[Config, Module]):
         return to_frame(self.checks)
 
     @property
+    def _kept_look(self) -> Check | None:
+        """The look whose weights the model has, where those of the best one were kept."""
+        step = (self._training or {}).get("kept_step")
+        return None if step is None else next(check for check in self.checks if check.step == step)
+
+    @property
     def train_indices(self) -> NDArray[np.int64]:
         """Positions of the cells trained on."""
         return self._split_part(0)

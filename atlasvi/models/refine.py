@@ -105,7 +105,7 @@ def refined(
         module.config = model.config
     other.checks = progress.checks
     options = {"n_obs": len(cells), "plan": asdict(plan), "batch_size": batch_size, "seed": seed}
-    other._training = {**(model._training or {}), "refined": options}
+    other._training = {**(model._training or {}), "kept_step": None, "refined": options}
     return other
 
 

@@ -44,6 +44,7 @@ class Progress:
         records: of the epochs before.
         checks: looks at the cells kept for validation.
         earlier: seconds of all that was done before the run was resumed.
+        kept_step: step of the look whose weights are kept, where those of the best are.
     """
 
     epoch: int = 0
@@ -54,6 +55,7 @@ class Progress:
     records: list[EpochRecord] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     earlier: float = 0.0
+    kept_step: int | None = None
 
     @property
     def has_looked(self) -> bool:

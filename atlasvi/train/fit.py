@@ -157,6 +157,7 @@ class Run:
         """Keep the weights of the last look if no look before was better."""
         values, _ = self.progress.monitored(monitor)
         if values[-1] <= min(values):
+            self.progress.kept_step = self.progress.step
             state = floating_state(self.module) if self.average is None else self.average.values
             if self.best:  # in their own memory, not in that of a second copy
                 for name, value in state.items():
