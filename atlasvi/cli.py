@@ -616,9 +616,13 @@ def de(
     from atlasvi.models.compact import open_compact
 
     separator = _separator_of(out, overwrite)
-    for path in (volcano, heat_map):
-        if path is not None:
-            _check_place(path, overwrite)
+    pictures = [path for path in (volcano, heat_map) if path is not None]
+    for path in pictures:
+        if path.suffix != ".svg":
+            raise OptionError(f"{str(path)!r} names no picture that can be drawn; end it in .svg")
+        _check_place(path, overwrite)
+    if len({path.resolve() for path in pictures}) < len(pictures):
+        raise OptionError(f"--volcano and --heat-map are both {str(volcano)!r}; name a file for each")
     if (model / INDEX).is_file():
         if atlases:
             raise OptionError(f"{str(model)!r} is a published atlas, which needs no counts: name no other")
@@ -633,9 +637,8 @@ def de(
         pseudocounts=pseudocounts, batch_correction=batch_correction, fdr_target=fdr_target,
         estimator=estimator, n_samples_overall=n_samples, seed=seed,
     )  # fmt: skip
-    charts = _charts(found, volcano, heat_map)
     found.to_csv(out, sep=separator, index_label="gene")
-    for path, chart in charts.items():
+    for path, chart in _charts(found, volcano, heat_map).items():
         path.write_text(chart)
     called = found[next(column for column in found if column.startswith("is_de_"))]
     typer.echo(f"{int(called.sum()):,} of {len(found):,} genes called -> {out}")

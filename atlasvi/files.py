@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlasvi.errors import SpaceError
+from atlasvi.errors import SpaceError, StoreError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -22,10 +25,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     On any error, Ctrl-C included, it is removed and ``path`` stays what it was. A process that was
     killed between the two renames leaves the old folder aside, from where `settle` takes it back.
 
+    A link stays: the folder that it names is replaced.
+
     Raises:
         SpaceError: the disk is full.
+        StoreError: it holds the folder that the process is in.
     """
-    path = Path(path)
+    path = in_truth(path)
+    must_be_elsewhere(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path)
     new, old = _beside(path)
@@ -49,6 +56,32 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def in_truth(path: str | Path) -> Path:
+    """Where a place is, links followed: beside a link, or ``.``, nothing can be moved."""
+    return Path(os.path.realpath(path))
+
+
+def must_be_elsewhere(path: Path) -> None:
+    """A folder that is to be replaced must not hold the one that the process is in.
+
+    Raises:
+        StoreError: it does.
+    """
+    if path.exists() and Path.cwd().is_relative_to(in_truth(path)):
+        raise StoreError(
+            f"{str(path)!r} is the folder that you are in, or holds it, and would be replaced under you; "
+            "name another one, or go elsewhere"
+        )
+
+
+def save_tensors(values: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write safetensors that whoever may read the folder may read: by itself its library lets nobody else."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous().cpu() for name, value in values.items()}, file)
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def plain_number(value: Any) -> Any:
     """For ``json.dumps(default=)``: a number of numpy's, which options may be, as Python's.
 
@@ -67,6 +100,9 @@ def is_among(out: Path, paths: Iterable[Path]) -> bool:
 
 def settle(path: Path) -> None:
     """Take back the folder that stood at ``path``, if its replacing was cut off between the two renames."""
+    path = in_truth(path)
+    if not path.name:
+        return
     _, old = _beside(path)
     if old.is_dir() and not path.exists():
         os.replace(old, path)

@@ -7,11 +7,11 @@ file of one. Text is at least 12 px at the width a chart is drawn for.
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape, unescape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,11 @@ _SECOND = (
 )  # fmt: skip
 GREY = "#9aa3ad"
 """The colour of what is in no class."""
+
+
+def escape(text: str) -> str:
+    """Text as XML has it, which has no control characters."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\N{REPLACEMENT CHARACTER}", text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,11 +565,11 @@ def standalone(body: str, width: int, height: int, alt: str) -> str:
 
 def as_file(svg: str) -> str:
     """A chart of this module as a file of its own."""
-    found = re.match(r'<svg viewBox="0 0 (\d+) (\d+)".*? aria-label="(.*?)">', svg)
+    found = re.match(r'<svg viewBox="0 0 (\d+) (\d+)".*? aria-label="(.*?)">', svg, re.S)
     if found is None:
         raise OptionError("this is not a chart of atlasvi.plots, which are one <svg> each; draw one first")
     width, height = int(found[1]), int(found[2])
-    return standalone(place(svg, 12, 12), width + 24, height + 24, unescape(found[3]))
+    return standalone(place(svg, 12, 12), width + 24, height + 24, html.unescape(found[3]))
 
 
 def place(svg: str, x: float, y: float) -> str:

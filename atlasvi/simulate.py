@@ -39,6 +39,8 @@ BLOCK = 1_000
 EMPTY = "empty"
 """The `cell_type` of a near-empty droplet."""
 
+_MOST_SEEDS = (1 << 63) - 1
+_MOST_COUNTS = 1_000_000
 _PARAMETERS = (1 << 64) - 1  # the block number under which the genes' and types' parameters are drawn
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -93,8 +95,8 @@ class Simulation:
         n_batches: number of batches, at least 1.
         doublet_rate: share of droplets with two cells of different types, in [0, 1).
         empty_rate: share of droplets without a cell, in [0, 1).
-        counts_per_cell: median expected counts of a cell; by default 0.3 for each gene.
-        batch_effect: standard deviation of the log of a gene's effect in a batch.
+        counts_per_cell: median expected counts of a cell; by default 0.3 for each gene; at most a million.
+        batch_effect: standard deviation of the log of a gene's effect in a batch, at most 2.
         ambient: median ambient counts of a droplet, as a share of ``counts_per_cell``.
         seed: of everything, in [0, 2^63).
 
@@ -124,13 +126,22 @@ class Simulation:
         ambient: float = 0.04,
         seed: int = 0,
     ) -> None:
-        _check_at_least(n_obs=(n_obs, 1), n_types=(n_types, 2), n_batches=(n_batches, 1))
-        _check_at_least(n_vars=(n_vars, 5 * n_types), seed=(seed, 0), batch_effect=(batch_effect, 0))
+        for name, number in (("n_obs", n_obs), ("n_vars", n_vars), ("n_types", n_types),
+                             ("n_batches", n_batches), ("seed", seed)):  # fmt: skip
+            if not isinstance(number, int | np.integer):
+                raise OptionError(f"{name} is {number!r} in Simulation; give a whole number")
+        _check_within(n_obs=(n_obs, 1, None), n_types=(n_types, 2, None), n_batches=(n_batches, 1, None))
+        _check_within(
+            n_vars=(n_vars, 5 * n_types, None), seed=(seed, 0, _MOST_SEEDS), batch_effect=(batch_effect, 0, 2)
+        )
         for name, rate in (("doublet_rate", doublet_rate), ("empty_rate", empty_rate), ("ambient", ambient)):
             if not 0 <= rate < 1:
                 raise OptionError(f"{name} is {rate} in Simulation; give a number in [0, 1)")
-        if counts_per_cell is not None and not counts_per_cell > 0:
-            raise OptionError(f"counts_per_cell is {counts_per_cell} in Simulation; give a number > 0")
+        if counts_per_cell is not None and not 0 < counts_per_cell <= _MOST_COUNTS:
+            raise OptionError(
+                f"counts_per_cell is {counts_per_cell} in Simulation; give a number > 0, at most "
+                f"{_MOST_COUNTS:,}"
+            )
         self.n_obs, self.n_vars = int(n_obs), int(n_vars)
         self.n_types, self.n_batches, self.seed = n_types, n_batches, seed
         self._doublet_rate, self._empty_rate, self._ambient = doublet_rate, empty_rate, ambient
@@ -305,7 +316,10 @@ class Simulation:
         """The atlas, or some of its droplets, as an AnnData in memory."""
         import anndata
 
-        rows = np.arange(self.n_obs) if rows is None else np.asarray(rows, np.int64)
+        rows = np.arange(self.n_obs) if rows is None else np.asarray(rows)
+        if rows.dtype.kind not in "biu" and len(rows):
+            raise OptionError(f"rows must be positions or a mask, are {rows.dtype}, in Simulation.to_anndata")
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         parts = [self.read_rows(int(row), int(row) + 1) for row in rows] if len(rows) < BLOCK else None
         counts = (
             CSR.concatenate(parts) if parts else self.read_rows(0, self.n_obs).take_rows(rows)
@@ -414,10 +428,11 @@ class Simulation:
         }
 
 
-def _check_at_least(**values: tuple[float, float]) -> None:
-    for name, (value, least) in values.items():
-        if not value >= least:
-            raise OptionError(f"{name} is {value} in Simulation; give a number >= {least}")
+def _check_within(**values: tuple[float, float, float | None]) -> None:
+    for name, (value, least, most) in values.items():
+        if not value >= least or (most is not None and value > most):
+            at_most = "" if most is None else f" and <= {most}"
+            raise OptionError(f"{name} is {value} in Simulation; give a number >= {least}{at_most}")
 
 
 def _normalised(rates: NDArray[np.float64]) -> NDArray[np.float64]:

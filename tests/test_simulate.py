@@ -210,11 +210,25 @@ def test_no_rows(simulation):
         ({"doublet_rate": 1.0}, r"doublet_rate is 1.0 in Simulation; give a number in \[0, 1\)"),
         ({"empty_rate": float("nan")}, "empty_rate is nan"),
         ({"counts_per_cell": 0.0}, "counts_per_cell is 0.0"),
+        ({"counts_per_cell": float("inf")}, "counts_per_cell is inf.*at most 1,000,000"),
+        ({"n_obs": 10.5}, "n_obs is 10.5 in Simulation; give a whole number"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808"),
+        ({"batch_effect": 5}, "batch_effect is 5 in Simulation; give a number >= 0 and <= 2"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(OptionError, match=message):
         Simulation(**{"n_obs": 10, "n_vars": 100, **options})
+
+
+def test_a_mask_chooses_cells(simulation):
+    chosen = np.array([5, 70, 3299])
+    mask = np.zeros(N_OBS, bool)
+    mask[chosen] = True
+    assert simulation.to_anndata(mask).obs_names.tolist() == simulation.to_anndata(chosen).obs_names.tolist()
+    with pytest.raises(OptionError, match="positions or a mask, are float64"):
+        simulation.to_anndata(np.array([0.5]))
 
 
 def test_wrong_requests_are_named(simulation):

@@ -56,9 +56,16 @@ def refuse(method: str, arguments: Mapping[str, object]) -> None:
 
 def at_least_one(name: str, value: int) -> int:
     """Refuse what is no whole number or below 1, naming it."""
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{name} must be a whole number of at least 1, is {value!r}")
     return int(value)
+
+
+def not_negative(name: str, value: float) -> float:
+    """Refuse what is no number of at least 0, naming it."""
+    if not isinstance(value, int | float | np.number) or not value >= 0:
+        raise OptionError(f"{name} must be a number of at least 0, is {value!r}")
+    return float(value)
 
 
 def checked_seed(seed: int) -> int:

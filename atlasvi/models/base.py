@@ -20,6 +20,7 @@ from atlasvi.models.arguments import (
     cell_positions,
     checked_seed,
     choose_device,
+    not_negative,
     one_of,
     refuse,
 )
@@ -146,8 +147,8 @@ class CountModel(Answers[Config, Module]):
         """
         refuse("train", unsupported)
         seed = checked_seed(seed)
-        if check_val_every_n_epoch < 1:
-            raise OptionError(f"check_val_every_n_epoch must be at least 1, is {check_val_every_n_epoch}")
+        at_least_one("check_val_every_n_epoch", check_val_every_n_epoch)
+        not_negative("checkpoint_every_seconds", checkpoint_every_seconds)
         atlas, codes = self._data(None)
         plan = self._plan(schedule, precision).with_options(plan_kwargs)
         max_epochs = self._default_epochs(atlas.n_obs, plan) if max_epochs is None else max_epochs
@@ -223,9 +224,7 @@ class CountModel(Answers[Config, Module]):
         label = f"train, {takes.short}{minibatches.kept and f', counts kept {minibatches.kept}'}"
         shown = enable_progress_bar and ranks.rank() == 0
         with (
-            bar(
-                label, max_epochs * len(training), "cells", enabled=shown, at_most=early_stopping
-            ) as advance,
+            bar(label, max_epochs * len(training), "cells", enabled=shown, at_most=early_stopping) as advance,
             frozen(self.module, self._freeze),
         ):
             origin = self.origin

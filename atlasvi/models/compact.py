@@ -192,7 +192,7 @@ def publish(
     out: str | Path = "my.atlasvi",
     *,
     dtype: str = "float16",
-    obs: Sequence[str] | None = None,
+    obs: str | Sequence[str] | None = None,
     transform_batch: Sequence[str] = (),
     n_samples: int = 1,
     overwrite: bool = False,
@@ -250,10 +250,11 @@ def publish(
         )  # fmt: skip
 
 
-def _columns_to_publish(atlas: Atlas, obs: Sequence[str] | None) -> list[str]:
+def _columns_to_publish(atlas: Atlas, obs: str | Sequence[str] | None) -> list[str]:
     """Columns of obs that can be written; what cannot is left out, or refused where it was asked for."""
     columns = []
-    for key in atlas.obs_keys if obs is None else obs:
+    asked = [obs] if isinstance(obs, str) else obs
+    for key in dict.fromkeys(atlas.obs_keys if asked is None else asked):
         if key not in atlas.obs_keys:
             raise ObsError(f"obs of {atlas.name} has no column {key!r}; it has {', '.join(atlas.obs_keys)}")
         try:

@@ -184,6 +184,8 @@ def from_scvi_tools(path: str | Path, adata: Data | None = None) -> Any:
         attributes, state = content["attr_dict"], content["model_state_dict"]
         registry = attributes["registry_"]
         name, version = registry["model_name"], registry["scvi_version"]
+        if not attributes["is_trained_"]:
+            raise OptionError("it was saved before it was trained")
         if name not in _KINDS:
             raise OptionError(f"it is a {name}; {', '.join(_KINDS)} can be converted")
         kind, config_type = _KINDS[name]
@@ -274,7 +276,10 @@ def to_scvi_tools(model: SCVI, path: str | Path, *, overwrite: bool = False) -> 
             "prior='normal'"
         )
     model._must_be_trained()
-    if path.exists() and (not overwrite or [p.name for p in path.iterdir()] != [_FILE]):
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
+    there = [p.name for p in path.iterdir()] if path.exists() else []
+    if there and (not overwrite or there != [_FILE]):
         raise ModelError(
             f"there is a {str(path)!r} already; name another folder, or pass overwrite=True for one "
             f"that holds nothing but a {_FILE}"

@@ -32,7 +32,7 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
-from atlasvi.models.arguments import one_of
+from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments
 from atlasvi.nn.decoder import Decoder
@@ -64,8 +64,7 @@ class DCAConfig:
         by_name(self.gene_likelihood)
         one_of("dispersion", self.dispersion, ("gene", "gene-cell"))
         for name in ("n_hidden", "n_latent"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
+            at_least_one(name, getattr(self, name))
         if not 0 <= self.dropout_rate < 1:
             raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
         if not self.ridge >= 0:

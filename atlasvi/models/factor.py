@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atlasvi.errors import NotTrainedError, OptionError
-from atlasvi.models.arguments import at_least_one, checked_seed, one_of, refuse
+from atlasvi.models.arguments import at_least_one, checked_seed, not_negative, one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments, split_cells, split_options
 from atlasvi.progress import bar
@@ -79,8 +79,7 @@ class FactorConfig:
     def __post_init__(self) -> None:
         """Refuse what the model cannot be."""
         one_of("transform", self.transform, ("log1p", "cp10k", "none"))
-        if self.n_latent < 1:
-            raise OptionError(f"n_latent must be at least 1, is {self.n_latent}")
+        at_least_one("n_latent", self.n_latent)
 
 
 def transformed(counts: CSR, transform: str) -> sp.csr_matrix:
@@ -425,6 +424,8 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
         seed = checked_seed(seed)
         if max_epochs is not None:
             max_epochs = at_least_one("max_epochs", max_epochs)
+        not_negative("tol", tol)
+        not_negative("checkpoint_every_seconds", checkpoint_every_seconds)
         if resume and checkpoint is None:
             raise OptionError("resume=True needs checkpoint=, the folder of the run to go on with")
         atlas, codes = self._data(None)

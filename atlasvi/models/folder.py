@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import atlasvi
 from atlasvi.errors import ModelError, VersionError
-from atlasvi.files import plain_number, replacing_folder, settle
+from atlasvi.files import must_be_elsewhere, plain_number, replacing_folder, save_tensors, settle
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -42,7 +42,7 @@ def write_folder(
         raise ModelError(f"the weights {bad!r} hold NaN or infinite numbers: make it anew and train it")
     whole = {"format": FORMAT, **description, "versions": versions()}
     with replacing_folder(path) as new:
-        save_file({k: v.contiguous().cpu() for k, v in module.state_dict().items()}, new / WEIGHTS)
+        save_tensors(module.state_dict(), new / WEIGHTS)
         (new / DESCRIPTION).write_text(json.dumps(whole, indent=1, default=plain_number))
         if (path / CHECKPOINT).is_dir():
             shutil.copytree(path / CHECKPOINT, new / CHECKPOINT)
@@ -90,6 +90,7 @@ def check_destination(path: Path) -> None:
         return
     if not path.is_dir():
         raise ModelError(f"{str(path)!r} is a file; name a folder for the model")
+    must_be_elsewhere(path)
     known = {WEIGHTS, DESCRIPTION, CHECKPOINT, LOG, NEW_LOG}
     # What a run that was killed left half-written has a name of ours.
     known |= {f".{name}.{state}" for name in (CHECKPOINT, LOG, NEW_LOG) for state in ("new", "old")}

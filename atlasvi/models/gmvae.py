@@ -35,7 +35,7 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.infer.classify import probability_blocks
-from atlasvi.models.arguments import one_of, refuse
+from atlasvi.models.arguments import at_least_one, one_of, refuse
 from atlasvi.models.base import CountModel
 from atlasvi.models.scvae import SCVAEConfig, SCVAEModule
 from atlasvi.models.scvi import covariates
@@ -64,8 +64,7 @@ class GMVAEConfig(SCVAEConfig):
         """Refuse what the model cannot be."""
         SCVAEConfig.__post_init__(self)
         one_of("bound", self.bound, ("exact", "sampled"))
-        if self.n_components < 1:
-            raise OptionError(f"n_components must be at least 1, is {self.n_components}")
+        at_least_one("n_components", self.n_components)
         if self.n_draws < 2:
             raise OptionError(f"n_draws must be at least 2, one to hold against the other, is {self.n_draws}")
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from atlasvi.errors import OptionError
 from atlasvi.likelihoods import by_name
-from atlasvi.models.arguments import one_of
+from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
 from atlasvi.models.data import LibraryMoments
 from atlasvi.nn.critics import BatchCritic, mmd
@@ -90,8 +90,7 @@ class SCVIConfig:
         for name in ("use_batch_norm", "use_layer_norm"):
             one_of(name, getattr(self, name), ("encoder", "decoder", "none", "both"))
         for name in ("n_hidden", "n_latent", "n_layers", "n_prior_components"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
+            at_least_one(name, getattr(self, name))
         if not 0 <= self.dropout_rate < 1:
             raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
         if self.prior == "vamp" and self.n_prior_components < 2:

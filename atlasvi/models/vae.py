@@ -29,7 +29,7 @@ from atlasvi_kernels import CSR, csr_linear
 from torch import nn
 
 from atlasvi.errors import OptionError
-from atlasvi.models.arguments import one_of
+from atlasvi.models.arguments import at_least_one, one_of
 from atlasvi.models.base import CountModel
 from atlasvi.models.scvi import covariates, levels_of
 from atlasvi.nn.encoder import Encoder
@@ -59,8 +59,7 @@ class GaussianVAEConfig:
         """Refuse what the model cannot be."""
         one_of("use_batch_norm", self.use_batch_norm, ("encoder", "decoder", "none", "both"))
         for name in ("n_hidden", "n_latent", "n_layers"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, is {getattr(self, name)}")
+            at_least_one(name, getattr(self, name))
         if not 0 <= self.dropout_rate < 1:
             raise OptionError(f"dropout_rate must be in [0, 1), is {self.dropout_rate}")
 

@@ -25,7 +25,7 @@ import anndata
 import zarr
 
 from atlasvi.errors import NotAnAtlasError, OptionError, StoreError
-from atlasvi.files import is_among
+from atlasvi.files import in_truth, is_among, must_be_elsewhere
 from atlasvi.memory import as_bytes
 from atlasvi.store.append import DEFAULT_INPUT_KEY, Growth
 from atlasvi.store.atlas import Atlas
@@ -166,7 +166,8 @@ def ingest(
         place = out.resolve()
         kind, work = _Appending, place.with_name(f".{place.name}.append")
     else:
-        kind, place, work = _Job, out, out.with_name(f".{out.name}.ingest")
+        place = in_truth(out)
+        kind, work = _Job, place.with_name(f".{place.name}.ingest")
     job = kind(
         place, work, layer, join, var_key, int(seed) if shuffle else None, input_key, make_unique,
         Effort(threads, as_bytes(memory_budget), progress, client),
@@ -370,6 +371,8 @@ def _check_out(out: Path, overwrite: bool, append: bool, inputs: Any) -> None:
         raise StoreError(f"{str(out.parent)!r} is no folder to write {out.name!r} in; make it first")
     if not out.exists():
         return
+    if overwrite:
+        must_be_elsewhere(out)
     if not (overwrite or append):
         raise StoreError(
             f"{str(out)!r} is there already; pass overwrite=True to replace it, append=True to add to it, or "

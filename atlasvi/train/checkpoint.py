@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from atlasvi.errors import ModelError, VersionError
-from atlasvi.files import plain_number, replacing_folder, settle
+from atlasvi.files import in_truth, must_be_elsewhere, plain_number, replacing_folder, save_tensors, settle
 from atlasvi.train.history import LOOKED_AT, Check, EpochRecord, TermSums
 from atlasvi.train.schedule import TrainingPlan
 
@@ -122,6 +122,7 @@ def claim(path: Path, *, resume: bool) -> None:
         return
     if not path.is_dir():
         raise ModelError(f"{str(path)!r} is a file; name a folder for the checkpoint")
+    must_be_elsewhere(path)
     ours = (STATE, *(part + TENSORS for part in PARTS))
     strangers = sorted(p.name for p in path.iterdir() if p.name not in ours)
     if strangers:
@@ -131,7 +132,7 @@ def claim(path: Path, *, resume: bool) -> None:
         )
     if not resume:
         # Else a run that is killed before its first checkpoint could be resumed from another's.
-        shutil.rmtree(path)
+        shutil.rmtree(in_truth(path))
 
 
 def write_checkpoint(
@@ -147,7 +148,7 @@ def write_checkpoint(
     """
     with replacing_folder(path) as new:
         for part, values in tensors.items():
-            save_file({name: value.contiguous() for name, value in values.items()}, new / (part + TENSORS))
+            save_tensors(values, new / (part + TENSORS))
         state = {"format": FORMAT, "run": run, **rest}
         (new / STATE).write_text(json.dumps(state, default=plain_number))
 
@@ -272,7 +273,7 @@ def load_checkpoint(
 
 def _refuse_other_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     then, now = _flat(then), _flat(now)
-    for key in sorted(then.keys() | now.keys(), key=lambda key: (key in _DATA, key)):
+    for key in sorted(then.keys() | now.keys(), key=lambda key: (key != "model", key in _DATA, key)):
         was, given = then.get(key), now.get(key)
         if was != given and key in _DATA:
             raise ModelError(

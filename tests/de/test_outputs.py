@@ -177,6 +177,11 @@ def test_the_command_compares_groups_of_a_published_atlas(model, places, command
         assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and says in refused.stderr
 
 
+def test_a_chart_of_any_name_is_a_file(found):
+    odd = found[found["comparison"] == "T vs Rest"].assign(comparison="T\n\x07cells vs Rest")
+    assert any("cells vs Rest: " in text for text in texts(plots.as_file(plots.volcano(odd))))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -184,7 +189,12 @@ def test_the_command_compares_groups_of_a_published_atlas(model, places, command
         (["-o", "x.csv"], "nobody is compared"),
         (["-o", "no/x.csv", "--groupby", "cell_type"], "there is no folder"),
         (["-o", "x.csv", "--groupby", "cell_type", "--group", "TT"], "no level 'TT'"),
-        (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "model"], "there is a 'model' already"),
+        (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "model"], "end it in .svg"),
+        (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "x.csv"], "end it in .svg"),
+        (
+            ["-o", "x.csv", "--groupby", "cell_type", "--volcano", "x.svg", "--heat-map", "x.svg"],
+            "name a file for each",
+        ),
         (["-o", "x.csv", "--groupby", "cell_type", "--volcano", "x.svg"], "choose one: --group 'T'"),
         (["-o", "x.csv", "--cells", "cell_type == 'T'", "--heat-map", "x.svg"], "pass --groupby"),
     ],

@@ -154,7 +154,8 @@ def test_columns_that_cannot_be_written_are_left_out_or_refused_by_name(made, tm
 
 
 def test_only_the_columns_asked_for_are_published(made, tmp_path):
-    publish(made[0], None, tmp_path / "few.atlasvi", obs=["donor"])
+    publish(made[0], None, tmp_path / "one.atlasvi", obs="donor")
+    publish(made[0], None, tmp_path / "few.atlasvi", obs=["donor", "donor"])
     assert list(open_compact(tmp_path / "few.atlasvi").obs.columns) == ["donor"]
     with pytest.raises(ObsError, match="'nothing'"):
         publish(made[0], None, tmp_path / "x.atlasvi", obs=["nothing"])

@@ -234,6 +234,7 @@ def test_what_cannot_be_is_refused(adata, tmp_path):
         ),
         (lambda c: c["attr_dict"]["init_params_"]["non_kwargs"].update(n_hidden=9), "size mismatch"),
         (lambda c: c.pop("var_names"), "var_names"),
+        (lambda c: c["attr_dict"].update(is_trained_=False), "saved before it was trained"),
     ):
         content = read_pickled(SAVED / "scvi" / "model.pt")
         content["model_state_dict"].pop("pyro_param_store")
@@ -243,7 +244,17 @@ def test_what_cannot_be_is_refused(adata, tmp_path):
         with pytest.raises(ModelError, match=said):
             from_scvi_tools(tmp_path)
     from atlasvi.models.ldvae import LinearSCVI
+    from atlasvi.models.scvi import SCVI
 
     LinearSCVI.setup_anndata(adata, gene_mask=None)
     with pytest.raises(ModelError, match="LinearSCVI"):
         to_scvi_tools(LinearSCVI(adata), tmp_path / "x")
+    SCVI.setup_anndata(adata, gene_mask=None)
+    model = SCVI(adata, n_hidden=16, n_latent=3)
+    model.train(1, enable_progress_bar=False)
+    with pytest.raises(ModelError, match="is a file; name a folder"):
+        to_scvi_tools(model, tmp_path / "model.pt", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    to_scvi_tools(model, tmp_path / "empty")
+    with pytest.raises(ModelError, match="there is a"):
+        to_scvi_tools(model, tmp_path / "empty")

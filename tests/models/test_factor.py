@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused(adata):
     with pytest.raises(NotTrainedError):
         build(PCA, adata).get_loadings()
     for ask, said in (
-        (lambda: build(PCA, adata, 0), "n_latent must be at least 1"),
+        (lambda: build(PCA, adata, 0), "n_latent must be a whole number of at least 1"),
         (lambda: fit(build(PCA, adata, 60)), "below the number of genes, 60"),
         (lambda: build(PCA, adata, transform="log"), "'log'.*log1p"),
         (lambda: fit(build(PCA, adata)).get_elbo(), "PPCA"),
@@ -197,6 +197,10 @@ def test_what_cannot_be_is_refused(adata):
         (lambda: fit(build(PCA, adata)).expression(), "no expression of cells"),
         (lambda: fit(build(PCA, adata), plan_kwargs={}), "PCA.train.plan_kwargs"),
         (lambda: fit(build(PCA, adata), 0), "max_epochs"),
+        (lambda: build(PPCA, adata, 2.5), "n_latent must be a whole number of at least 1, is 2.5"),
+        (lambda: build(PPCA, adata, True), "n_latent must be a whole number"),
+        (lambda: fit(build(PCA, adata), tol=float("nan")), "tol must be a number of at least 0, is nan"),
+        (lambda: fit(build(PCA, adata), checkpoint_every_seconds="a"), "checkpoint_every_seconds must be"),
     ):
         with pytest.raises(OptionError, match=said):
             ask()

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import atlasvi.models.folder as folder
-from atlasvi.errors import ModelError, OptionError, SpaceError, VersionError
+from atlasvi.errors import ModelError, OptionError, SpaceError, StoreError, VersionError
 from atlasvi.models.scvi import SCVI
 
 
@@ -161,7 +161,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_model_whole(error, saved, model, 
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(folder, "save_file", half)
+    monkeypatch.setattr(folder, "save_tensors", half)
     with pytest.raises(BaseException) as raised:
         model.save(saved, overwrite=True)
     assert not isinstance(raised.value, AssertionError)
@@ -196,7 +196,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(error, model, tmp_path, monkeyp
     def full(tensors, path):
         raise error
 
-    monkeypatch.setattr(folder, "save_file", full)
+    monkeypatch.setattr(folder, "save_tensors", full)
     with pytest.raises(SpaceError, match="no space left"):
         model.save(tmp_path / "new")
     assert not list(tmp_path.iterdir())
@@ -250,3 +250,33 @@ def test_a_run_that_has_not_finished_says_how_to_go_on(tmp_path, adata):
     SCVI(adata, n_hidden=8).train(1, checkpoint=tmp_path / "m" / "checkpoint", enable_progress_bar=False)
     with pytest.raises(ModelError, match="--resume"):
         SCVI.load(tmp_path / "m")
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(model, tmp_path):
+    model.save(tmp_path / "disk")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    before = (tmp_path / "disk" / "model.json").read_bytes()
+    for n in (1, 2):
+        model.origin = f"run {n}"
+        model.save(tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert SCVI.load(tmp_path / "disk").origin == f"run {n}"
+    assert (tmp_path / "disk" / "model.json").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_the_folder_that_one_is_in_is_read_and_not_replaced(model, saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(saved)
+    assert SCVI.load(".").config == model.config
+    for place in (".", tmp_path, "/"):
+        with pytest.raises(StoreError, match="the folder that you are in"):
+            model.save(place, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(StoreError, match="the folder that you are in"):
+        model.train(1, checkpoint=".", enable_progress_bar=False)
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(saved):
+    modes = {file.stat().st_mode & 0o777 for file in saved.iterdir() if file.is_file()}
+    assert modes == {saved.stat().st_mode & 0o666}

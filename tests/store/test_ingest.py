@@ -752,3 +752,16 @@ def test_real_inputs_join(data_dir, tmp_path):
         order = expected.obs_names.get_indexer(plain)
         assert part.n_obs == expected.n_obs and (order >= 0).all()
         np.testing.assert_array_equal(as_scipy(part).toarray(), expected.X[order].toarray())
+
+
+def test_a_link_stays_and_the_atlas_that_it_names_is_replaced(tmp_path, monkeypatch):
+    few, many = (anndata.AnnData(sp.csr_matrix(np.ones((n, 3), np.float32))) for n in (2, 5))
+    ingest(few, tmp_path / "disk.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "disk.zarr")
+    ingest(many, tmp_path / "link.zarr", overwrite=True)
+    assert (tmp_path / "link.zarr").is_symlink()
+    assert anndata.read_zarr(tmp_path / "disk.zarr").n_obs == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.zarr", "link.zarr"]
+    monkeypatch.chdir(tmp_path / "disk.zarr")
+    with pytest.raises(StoreError, match="the folder that you are in"):
+        ingest(few, ".", overwrite=True)
