@@ -429,7 +429,7 @@ def volcano(
         height: in pixels.
 
     Raises:
-        OptionError: no such comparison, or none named of several.
+        OptionError: no such comparison, or none named of several; no genes, or values that are not finite.
 
     Example:
         >>> found = model.differential_expression(groupby="cell_type", group1="T", silent=True)
@@ -444,6 +444,10 @@ def volcano(
         tiny = np.finfo(np.float32).tiny
         x = np.log2((frame["scale1"].to_numpy() + tiny) / (frame["scale2"].to_numpy() + tiny))
         y = _resolved(frame["bayes_factor"].abs().to_numpy(), frame["proba_m1"].to_numpy())
+    if not len(frame):
+        raise OptionError("the table has no genes to draw")
+    if not (finite := np.isfinite(x) & np.isfinite(y)).all():
+        raise OptionError(f"evidence or fold change of gene {frame.index[~finite][0]!r} is not finite")
     called = frame[next(column for column in frame if column.startswith("is_de_"))].to_numpy(bool)
     reach = max(float(np.abs(x).max()), 1e-6)
     frame_px = (58, 34, width - 20, height - 46)
@@ -473,7 +477,7 @@ def marker_heat_map(found: pd.DataFrame, *, n_genes: int = 4) -> str:
         n_genes: best genes of each, by their evidence of being higher there.
 
     Raises:
-        OptionError: a result of sets of cells, which have no names.
+        OptionError: a result of sets of cells, which have no names; no gene that is higher in its group.
 
     Example:
         >>> found = model.differential_expression(groupby="cell_type", silent=True)
@@ -487,6 +491,9 @@ def marker_heat_map(found: pd.DataFrame, *, n_genes: int = 4) -> str:
     groups = list(dict.fromkeys(found["group1"]))
     genes = [gene for group in groups for gene in _ranked(higher[higher["group1"] == group], by)[:n_genes]]
     columns = list(dict.fromkeys(genes))
+    if n_genes < 1 or not columns:
+        n = len(set(found.index))
+        raise OptionError(f"no gene of {n:,} is higher in its group, or n_genes={n_genes} asks for none")
     table = np.stack([found.loc[found["group1"] == group, "scale1"].loc[columns] for group in groups])
     return heat_maps(
         [("mean rho, of its highest", table / np.maximum(table.max(0), np.finfo(np.float64).tiny))],

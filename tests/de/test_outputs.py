@@ -177,6 +177,19 @@ def test_the_command_compares_groups_of_a_published_atlas(model, places, command
         assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and says in refused.stderr
 
 
+def test_what_cannot_be_drawn_is_refused(found):
+    one = found[found["comparison"] == "T vs Rest"]
+    for draw, said in (
+        (lambda: plots.volcano(one[:0]), "no genes"),
+        (lambda: plots.volcano(one.assign(bayes_factor=np.inf)), "of gene 'gene-.*' is not finite"),
+        (lambda: plots.marker_heat_map(found, n_genes=0), "n_genes=0"),
+        (lambda: plots.marker_heat_map(found.assign(scale1=0.0)), "no gene of 60 is higher"),
+        (lambda: plots.marker_heat_map(found[:0]), "no gene of 0"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            draw()
+
+
 def test_a_chart_of_any_name_is_a_file(found):
     odd = found[found["comparison"] == "T vs Rest"].assign(comparison="T\n\x07cells vs Rest")
     assert any("cells vs Rest: " in text for text in texts(plots.as_file(plots.volcano(odd))))
