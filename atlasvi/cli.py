@@ -148,7 +148,7 @@ def info(
             unit = "a cell" if loss == "squared error" else "nats a cell"
             table.add_row(f"{loss}, training", f"{records[-1]['elbo_train']:,.1f} {unit}")
             held_out = records[-1]["elbo_validation"]
-            checks, kept = description["checks"], (description["training"] or {}).get("kept_step")
+            checks, kept = description.get("checks", []), (description["training"] or {}).get("kept_step")
             if kept is not None:
                 held_out = next(check["elbo_validation"] for check in checks if check["step"] == kept)
                 last = checks[-1]["step"]

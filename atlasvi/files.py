@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,11 @@ def must_be_elsewhere(path: Path) -> None:
     Raises:
         StoreError: it does.
     """
-    if path.exists() and Path.cwd().is_relative_to(in_truth(path)):
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        return
+    if path.exists() and here.is_relative_to(in_truth(path)):
         raise StoreError(
             f"{str(path)!r} is the folder that you are in, or holds it, and would be replaced under you; "
             "name another one, or go elsewhere"
@@ -79,7 +83,8 @@ def save_tensors(values: Mapping[str, torch.Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous().cpu() for name, value in values.items()}, file)
-    file.chmod(file.parent.stat().st_mode & 0o666)
+    with suppress(OSError):  # there are file systems without modes
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def plain_number(value: Any) -> Any:

@@ -59,12 +59,14 @@ def bar(
         BarColumn(bar_width=28),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"),
-        *([TextColumn("at most")] if at_most else []),
+        TextColumn("{task.fields[most]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=8) as progress:
-        task = progress.add_task(description, total=total, rate="", note="")
+        task = progress.add_task(
+            description, total=total, rate="", note="", most="at most" if at_most else ""
+        )
         first: tuple[int, float] | None = None
 
         def advance(done: int, note: str = "") -> None:
@@ -78,7 +80,7 @@ def bar(
 
         yield advance
         if at_most:
-            progress.update(task, total=progress.tasks[0].completed)
+            progress.update(task, total=progress.tasks[0].completed, most="")
 
 
 @contextmanager

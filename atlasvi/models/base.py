@@ -230,7 +230,11 @@ class CountModel(Answers[Config, Module]):
             origin = self.origin
             stay = self._freeze is not None and self._freeze.keeps_latents
 
+            done = 0
+
             def at_start(progress: Progress) -> None:
+                nonlocal done
+                done = progress.epoch * len(training)
                 # What is refused before leaves the model as it was.
                 if not stay:
                     self._forget_latents()
@@ -239,8 +243,6 @@ class CountModel(Answers[Config, Module]):
                 self._split, self._looks_like = split, run["cells"]
                 self._training = {key: run[key] for key in ("plan", "batch_size", "memory_budget")}
                 self.records, self.checks = list(progress.records), list(progress.checks)
-
-            done = 0
 
             def after_step(epoch: int, cells: int, elbo: float) -> None:
                 nonlocal done
@@ -267,7 +269,9 @@ class CountModel(Answers[Config, Module]):
                     max_epochs=max_epochs,
                     seed=seed,
                     device=device,
-                    early_stopping=EarlyStopping(monitor, patience, early_stopping_min_delta, in_steps)
+                    early_stopping=EarlyStopping(
+                        monitor, patience, early_stopping_min_delta, in_steps, plan.averaging
+                    )
                     if early_stopping
                     else None,
                     validate_every=check_val_every_n_epoch,
@@ -284,6 +288,10 @@ class CountModel(Answers[Config, Module]):
                     raise
                 if not self.is_trained:
                     self.origin = "stopped in its first epoch"
+                assert self._training is not None
+                by = monitor if monitor in LOOKED_AT else "elbo_validation"
+                best = min(reversed(self.checks), key=lambda check: getattr(check, by))
+                self._training["kept_step"] = best.step
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
             assert self._training is not None

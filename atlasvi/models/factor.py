@@ -448,7 +448,6 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             "split": split,
             "cells": looks_like,
             "tol": tol,
-            "memory_budget": memory_budget,  # blocks of another size are summed up in another order
         }
         with bar("fit", len(training), "cells", enabled=enable_progress_bar) as advance:
 
@@ -457,7 +456,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
                 for counts, _ in epochs.counts():
                     yield transformed(counts, self.config.transform)
                     done += counts.n_obs
-                    advance(done, f"pass {len(fit.records) + 1}")
+                    advance(done, f"pass {len(self.records) + 1}")
 
             fit = Fit(
                 self.module, blocks, len(training), max_epochs, tol, on_epoch,

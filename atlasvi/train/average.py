@@ -11,6 +11,11 @@ import torch
 EVERY, AT_FIRST = 8, 64
 
 
+def decay_at(decay: float, step: int) -> float:
+    """Of one step, after so many: the first steps are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def floating_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights and batch-norm statistics, not copied; without what a module names as ``aside``."""
     aside = getattr(module, "aside", ())
@@ -38,7 +43,7 @@ class Averaged:
         steps = 1 if step <= AT_FIRST else EVERY
         if step % steps:
             return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** steps
+        decay = decay_at(self.decay, step) ** steps
         now = floating_state(self.module)
         torch._foreach_lerp_(list(self.values.values()), [now[name] for name in self.values], 1 - decay)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from atlasvi.errors import OptionError
+from atlasvi.train.average import decay_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +176,15 @@ class EarlyStopping:
         patience: epochs, or steps.
         min_delta: nats a cell.
         in_steps: whether ``patience`` is in steps.
+        averaging: decay of the average of the weights that are looked at. A bad stretch of steps stays in
+            it for its length, 1 / (1 - decay): of ``patience`` in steps it is twice that at least.
     """
 
     monitor: str = "elbo_validation"
     patience: int = 45
     min_delta: float = 0.0
     in_steps: bool = False
+    averaging: float | None = None
 
     def says_stop(self, values: list[float], steps: list[int] | None = None) -> bool:
         """Whether to stop after these values, the latest last, and taken after so many epochs, or steps."""
@@ -189,7 +193,10 @@ class EarlyStopping:
             now = i + 1 if steps is None else steps[i]
             if value < best - self.min_delta:
                 best, best_at = value, now
-        return now > best_at and now - best_at >= self.patience
+        patience = float(self.patience)
+        if self.in_steps and self.averaging is not None:
+            patience = max(patience, 2 / (1 - decay_at(self.averaging, now)))
+        return now > best_at and now - best_at >= patience
 
 
 def adapted(plan: TrainingPlan, n_obs: int, batch_size: int) -> TrainingPlan:

@@ -144,3 +144,14 @@ def test_patience_in_steps_counts_steps():
     stopping = EarlyStopping(patience=50, in_steps=True)
     assert not stopping.says_stop([2.0, 3.0], [25, 74])
     assert stopping.says_stop([2.0, 3.0], [25, 75])
+
+
+def test_patience_is_twice_the_length_of_the_average_at_least():
+    """At step 890 it is over the last 100 steps; at 3,000 over 50, its most."""
+    stopping = EarlyStopping(patience=50, in_steps=True, averaging=0.98)
+    for last, stops in ((889, False), (890, True)):
+        stopping_late = EarlyStopping(patience=50, in_steps=True, averaging=0.999)
+        assert stopping_late.says_stop([2.0, 3.0], [690, last]) is stops
+    assert not stopping.says_stop([2.0, 3.0], [2_900, 2_999])
+    assert stopping.says_stop([2.0, 3.0], [2_900, 3_000])
+    assert EarlyStopping(patience=2, averaging=0.999).says_stop([1.0, 2.0, 2.0])  # epochs are counted as ever
