@@ -322,9 +322,7 @@ def train(
     }  # fmt: skip
     if issubclass(kind, FactorModel):
         _refuse_what_was_given(ctx, kind.__name__, _OF_MINIBATCHES)
-        trained.train(
-            max_epochs, train_size, seed=seed, **kept,
-        )  # fmt: skip
+        trained.train(max_epochs, train_size, seed=seed, **kept)
     else:
         trained.train(
             max_epochs, accelerator, train_size=train_size,

@@ -230,11 +230,11 @@ class CountModel(Answers[Config, Module]):
             origin = self.origin
             stay = self._freeze is not None and self._freeze.keeps_latents
 
-            done = 0
+            under_way, done = Progress(), 0
 
             def at_start(progress: Progress) -> None:
-                nonlocal done
-                done = progress.epoch * len(training)
+                nonlocal under_way, done
+                under_way, done = progress, progress.epoch * len(training)
                 # What is refused before leaves the model as it was.
                 if not stay:
                     self._forget_latents()
@@ -289,9 +289,7 @@ class CountModel(Answers[Config, Module]):
                 if not self.is_trained:
                     self.origin = "stopped in its first epoch"
                 assert self._training is not None
-                by = monitor if monitor in LOOKED_AT else "elbo_validation"
-                best = min(reversed(self.checks), key=lambda check: getattr(check, by))
-                self._training["kept_step"] = best.step
+                self._training["kept_step"] = under_way.kept_step
                 raise TrainingError(f"{error}; the model has the weights of the best look") from error
             self.records, self.checks, self.origin = progress.records, progress.checks, origin
             assert self._training is not None

@@ -161,13 +161,10 @@ def ingest(
     # Of a cluster two tasks for each reader, so that none waits for what is to be done here.
     readers = min(MAX_WORKERS, os.cpu_count() or 1) if client is None else 2 * count_readers(client)
     threads = readers if workers is None else workers
-    if append:
-        # Beside the folder itself, not beside a link to it: files are moved in.
-        place = out.resolve()
-        kind, work = _Appending, place.with_name(f".{place.name}.append")
-    else:
-        place = in_truth(out)
-        kind, work = _Job, place.with_name(f".{place.name}.ingest")
+    # Beside the folder itself, not beside a link to it: files are moved in.
+    place = in_truth(out)
+    kind, suffix = (_Appending, "append") if append else (_Job, "ingest")
+    work = place.with_name(f".{place.name}.{suffix}")
     job = kind(
         place, work, layer, join, var_key, int(seed) if shuffle else None, input_key, make_unique,
         Effort(threads, as_bytes(memory_budget), progress, client),
