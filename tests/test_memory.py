@@ -1,8 +1,9 @@
 """Memory does not grow with the number of cells, and a limit that an in-memory copy breaks is kept.
 
-The command `python -m benchmarks.scale.memory` measures, in processes of their own; here on narrow cells
-and with small buffers, so that 20,000 cells already fill each several times, on one core, where readers and
-writers do not now and then coincide, and without the free blocks that malloc keeps.
+The command `python -m benchmarks.scale.memory` measures, a process for each number of cells; here on narrow
+cells and with small buffers, so that 20,000 cells already fill each several times (and are more than ingest
+would keep in memory to spare itself a second reading), on one core, where readers and writers do not now and
+then coincide, and without the free blocks that malloc keeps.
 """
 
 import json
@@ -41,7 +42,8 @@ def measure(tmp_path_factory):
                 sys.executable, "-m", "benchmarks.scale.memory", "--stage", *stages,
                 "--cells", *map(str, cells), "--folder", str(folder), "--out", str(out), "--repeats", "1",
                 "--genes", "600", "--counts", "1500", "--repeat", "4000", "--stream-budget", str(3 << 19),
-                "--hidden", "64", "--live", "1", "--cores", "1", "--workers", "1", *options,
+                "--ingest-budget", str(16 << 20), "--hidden", "64", "--live", "1", "--cores", "1",
+                "--workers", "1", "--together", "1", *options,
             ],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Peak memory of each stage against the number of cells: `python -m benchmarks.scale.memory`.
 
-Every measurement is a process of its own. It imports what the stage needs, notes its anonymous memory, runs
+Every measurement is a process of its own (with ``--together``, one process goes through the stages, which
+saves importing them each time). It imports what the stage needs, notes its anonymous memory, runs
 the stage on a tiny atlas so that compiled code is loaded, notes its anonymous memory again (the level), and
 then runs the stage while a thread samples that memory. What is reported is the peak above the level, and the
 peak above import, where the price of compiled code and thread pools is in it as it is for a user.
@@ -66,6 +67,7 @@ TINY = 600
 # Exit status of a stage that was refused memory.
 REFUSED = 42
 _MIB = 1 << 20
+Ready = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Setting:
         live: have malloc give freed blocks back at once: what is measured then is what is in use, to a few
             hundred kB; without, what a user sees, which differs by a tenth from run to run.
         limit: MiB above the level that a stage may take, or 0 for no limit.
+        together: measure all stages of so many cells in one process, one after the other.
     """
 
     genes: int = 2_000
@@ -102,6 +105,7 @@ class Setting:
     work: int = 400_000
     live: int = 0
     limit: int = 0
+    together: int = 0
 
     def times(self, n: int) -> int:
         """How often a stage goes through ``n`` cells."""
@@ -122,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting(**{name: getattr(options, name) for name in asdict(Setting())})
     if options.one:
-        _one(options.one, options.cells[0], options.folder, setting)
+        _here(options.one.split(","), options.cells[0], options.folder, setting)
         return
     with tempfile.TemporaryDirectory(prefix="atlasvi-memory-") as temporary:
         folder = options.folder or Path(temporary)
@@ -138,13 +142,13 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every stage with every number of cells, ``repeats`` times, in turn."""
     if not (folder / "model").is_dir():
-        _run("prepare", TINY, folder, replace(setting, limit=0))
+        _run(["prepare"], TINY, folder, replace(setting, limit=0))
     runs = []
-    for stage in stages:
+    for some in [stages] if setting.together else [[stage] for stage in stages]:
         for n in cells:
             for _ in range(repeats):
-                runs.append(_run(stage, n, folder, setting))
-                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+                runs += _run(some, n, folder, setting)
+                print(json.dumps(runs[-len(some) :]), file=sys.stderr, flush=True)
     return runs
 
 
@@ -168,44 +172,51 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _run(stage: str, n: int, folder: Path, setting: Setting) -> dict[str, Any]:
-    """One stage in a process of its own. ``peak`` is ``None`` where the limit broke it."""
+def _run(stages: list[str], n: int, folder: Path, setting: Setting) -> list[dict[str, Any]]:
+    """The stages in a process of their own. ``peak`` is ``None`` where the limit broke one."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(setting).items()]
     environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale.memory", f"--one={stage}", f"--cells={n}",
+        [sys.executable, "-m", "benchmarks.scale.memory", f"--one={','.join(stages)}", f"--cells={n}",
          f"--folder={folder}", *options],
         stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], check=False,
         env={**os.environ, **(environment if setting.live else {})},
     )  # fmt: skip
+    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     if done.returncode == REFUSED:
-        return {"stage": stage, "cells": n, "peak": None}
-    if done.returncode:
-        raise RuntimeError(f"{stage} of {n} cells ended with status {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        found += [{"stage": stage, "cells": n, "peak": None} for stage in stages[len(found) :]]
+    elif done.returncode:
+        raise RuntimeError(f"{stages} of {n} cells ended with status {done.returncode}")
     return found
 
 
-def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
-    """The body of that process."""
+def _here(stages: list[str], n: int, folder: Path, setting: Setting) -> None:
+    """The body of that process: prints a line of JSON for each stage."""
     # Before torch counts the cores.
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         first = os.getpid() % len(cores)
         os.sched_setaffinity(0, (cores + cores)[first : first + setting.cores])
     import atlasvi
-    from atlasvi.memory import Watch, anonymous_bytes, give_back
+    from atlasvi.memory import anonymous_bytes
 
     _ = atlasvi.SCVI
     imported = anonymous_bytes()
-    if stage == "prepare":
+    if stages == ["prepare"]:
         _prepare(folder, setting)
-        print("{}")
         return
-    run = _STAGES[stage]
-    ready = run(TINY, folder, setting)
-    ready()
-    ready = run(n, folder, setting)
+    for stage in stages:
+        _STAGES[stage](TINY, folder, setting)()
+    for stage in stages:
+        found = _watched(_STAGES[stage](n, folder, setting), stage, n, folder, setting)
+        print(json.dumps({"stage": stage, "cells": n, "import": imported, **found}), flush=True)
+
+
+def _watched(ready: Ready, stage: str, n: int, folder: Path, setting: Setting) -> dict[str, float]:
+    """Run a stage and say what it took; the process ends where it is refused memory."""
+    from atlasvi.memory import Watch, give_back
+
+    gc.collect()
     give_back()
     if setting.limit:
         hard_limit(setting.limit * _MIB)
@@ -222,9 +233,11 @@ def _one(stage: str, n: int, folder: Path, setting: Setting) -> None:
         raise
     finally:
         shutil.rmtree(_scratch(folder), ignore_errors=True)
-    found = {"stage": stage, "cells": n, "peak": watch.peak_bytes - watch.before_bytes}
-    levels = {"import": imported, "level": watch.before_bytes}
-    print(json.dumps({**found, **levels, "seconds": round(watch.seconds, 2)}))
+    return {
+        "peak": watch.peak_bytes - watch.before_bytes,
+        "level": watch.before_bytes,
+        "seconds": round(watch.seconds, 2),
+    }
 
 
 def hard_limit(n_bytes: int) -> None:
@@ -237,7 +250,8 @@ def hard_limit(n_bytes: int) -> None:
     found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     most = (int(found[1]) << 10) + n_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    # The hard limit stays, so that this can be asked for again.
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _prepare(folder: Path, setting: Setting) -> None:
@@ -289,9 +303,6 @@ class Repeated:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-Ready = Callable[[], None]
 
 
 def _simulate(n: int, folder: Path, setting: Setting) -> Ready:
