@@ -163,7 +163,7 @@ def from_scvi_tools(path: str | Path, adata: Data | None = None) -> Any:
     """A model of scvi-tools that its ``save`` wrote, as ours: the same latents and the same expression.
 
     Args:
-        path: the folder, or the ``model.pt`` in it.
+        path: the folder, or the file in it: ``model.pt``, after its ``prefix`` if it was saved with one.
         adata: data to go with it; methods can also be given data later.
 
     Raises:
@@ -175,10 +175,7 @@ def from_scvi_tools(path: str | Path, adata: Data | None = None) -> Any:
         >>> from_scvi_tools("theirs").is_trained
         True
     """
-    path = Path(path)
-    file = path if path.is_file() else path / _FILE
-    if not file.is_file():
-        raise ModelError(f"{str(path)!r} has no {_FILE}; name a folder that scvi-tools' save() wrote")
+    file = _file_in(Path(path))
     content = read_pickled(file)
     try:
         attributes, state = content["attr_dict"], content["model_state_dict"]
@@ -198,6 +195,17 @@ def from_scvi_tools(path: str | Path, adata: Data | None = None) -> Any:
     if adata is not None:
         model.atlas, model._codes = model._data(adata)
     return model
+
+
+def _file_in(path: Path) -> Path:
+    """The one file of a folder that ends as scvi-tools' do; before that comes what ``prefix=`` was."""
+    found = [path] if path.is_file() else sorted(path.glob(f"*{_FILE}"))
+    if not found:
+        raise ModelError(f"{str(path)!r} has no {_FILE}; name a folder that scvi-tools' save() wrote")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ModelError(f"{str(path)!r} has several models, {names}; name one of these files")
+    return found[0]
 
 
 def _options(name: str, init_params: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -258,3 +259,15 @@ def test_what_cannot_be_is_refused(adata, tmp_path):
     to_scvi_tools(model, tmp_path / "empty")
     with pytest.raises(ModelError, match="there is a"):
         to_scvi_tools(model, tmp_path / "empty")
+
+
+def test_a_prefix_that_it_was_saved_with_is_no_matter(tmp_path):
+    """`save(prefix="x_")` of scvi-tools writes x_model.pt."""
+    shutil.copy(SAVED / "scvi" / "model.pt", tmp_path / "x_model.pt")
+    found, expected = from_scvi_tools(tmp_path), from_scvi_tools(SAVED / "scvi")
+    for name, weight in expected.module.state_dict().items():
+        assert torch.equal(found.module.state_dict()[name], weight), name
+    shutil.copy(SAVED / "scvi" / "model.pt", tmp_path / "y_model.pt")
+    with pytest.raises(ModelError, match=r"several models, x_model\.pt, y_model\.pt"):
+        from_scvi_tools(tmp_path)
+    assert from_scvi_tools(tmp_path / "y_model.pt").is_trained

@@ -59,6 +59,8 @@ def test_ppca_is_its_closed_form(adata, solver):
     expected = density.logpdf(held_out) - held_out.sum(1)
     found = model.get_elbo(indices=model.validation_indices, return_mean=False)
     np.testing.assert_allclose(found, expected, **EXACT)
+    marginal = model.get_marginal_ll(indices=model.validation_indices, return_mean=False)
+    np.testing.assert_allclose(marginal, expected, **EXACT)
     in_training = (density.logpdf(trained) - trained.sum(1)).mean()
     np.testing.assert_allclose(-model.records[-1].elbo_train, in_training, **EXACT)
     np.testing.assert_allclose(model.module.noise.numpy(), noise, **EXACT)
@@ -193,6 +195,7 @@ def test_what_cannot_be_is_refused(adata):
         (lambda: fit(build(PCA, adata, 60)), "below the number of genes, 60"),
         (lambda: build(PCA, adata, transform="log"), "'log'.*log1p"),
         (lambda: fit(build(PCA, adata)).get_elbo(), "PPCA"),
+        (lambda: fit(build(PCA, adata)).get_marginal_ll(), "PPCA"),
         (lambda: fit(build(PPCA, adata, transform="cp10k")).get_elbo(), "log1p"),
         (lambda: fit(build(PCA, adata)).expression(), "no expression of cells"),
         (lambda: fit(build(PCA, adata), plan_kwargs={}), "PCA.train.plan_kwargs"),
