@@ -22,6 +22,16 @@ import scipy.sparse as sp
 import torch
 
 _M_PERTURB = -6  # of malloc.h
+# Files that take a minute and more, the longest first.
+_LONG = (
+    "test_memory.py", "test_docs.py", "test_cli.py", "test_ranks.py", "test_triton.py", "test_scanvi.py",
+    "test_questions.py", "test_decode.py", "test_ingest_round_trip.py", "test_marginal.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files begin first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
 
 
 @pytest.fixture(autouse=True)
