@@ -2,6 +2,7 @@
 
     benchmarks/peers/annbatch_env.sh .peers/annbatch
     benchmarks/peers/scvi_tools_env.sh .peers/scvi-tools
+    benchmarks/peers/scdataset_env.sh .peers/scdataset
     python -m benchmarks.scale.conversion --folder data --peer-python .peers/annbatch/bin/python
     python -m benchmarks.streaming --folder data --peer-python .peers/annbatch/bin/python --markdown
 
@@ -21,6 +22,8 @@ narrow or float32 counts, whichever is faster.
 ``atlasvi, kept``              `atlasvi.stream.Epochs` with a budget that has room for all counts: after the
                                first epoch, which is shown apart, they are in memory
 ``annbatch``                   `annbatch.Loader`, random chunks, zarrs, of the store it made
+``scDataset``                  `scDataset` with blocks in random order, of atlasvi's store, by AnnData and
+                               zarrs, or of the HDF5 files: at the fastest of a small grid of its own
 ``in memory``                  rows of a scipy matrix in random order, after it was read: not out of core
 ``scvi-tools, sparse, dense``  its `AnnDataLoader` on the same matrix in memory
 ``read and decode``            the arrays of atlasvi's store, shard after shard, chunk after chunk into the
@@ -58,6 +61,8 @@ EPOCHS = 3
 _CALM = 0.15
 # chunk_size and preload_nchunks of annbatch: its defaults, its README's, and around them.
 GRID = ((512, 32), (32, 256), (256, 64), (4_096, 4), (4_096, 8), (512, 128))
+# block_size of scDataset, and cells that it fetches at a time.
+BLOCKS = ((4_096, 8_192), (4_096, 32_768), (512, 32_768))
 PREPARED = ("atlasvi", "annbatch")
 BARE = ("read and decode", "copy")
 _COPY_BLOCK = 1 << 22
@@ -281,6 +286,8 @@ class Bench:
             budget = round(rows * self.content.nnz / self.content.n_obs * entry)
             more = {**ours, "memory_budget": budget}
             found += [Contender(f"atlasvi, {budget / 2**20:,.0f} MiB", "ours", "atlasvi", more), best]
+        if "scDataset" in self.commands:
+            found.append(self.best_blocks(batch_size))
         more = {**ours, "memory_budget": KEPT}
         found.append(Contender(f"atlasvi, kept in {KEPT}", "ours", "atlasvi, kept", more))
         found.append(Contender("in memory", "ours", "in memory", ours))
@@ -299,6 +306,23 @@ class Bench:
             tried.append(self._try(worker, AS_IS, batch_size, *sizes))
         return min(tried, key=lambda found: found[0])[3]
 
+    def best_blocks(self, batch_size: int) -> Contender:
+        """scDataset at its fastest, of our store or of the files."""
+        stores = {"our store": str(self.stores["atlasvi"]), "h5ad": str(self.folder / f"inputs-{self.n_obs}")}
+        trials = [
+            Contender(
+                f"scDataset, {where}, blocks of {block:,}, {fetch:,} at a time", "scDataset", "scDataset",
+                {
+                    "store": store, "batch_size": batch_size, "block_size": block,
+                    "fetch_factor": fetch // batch_size,
+                },
+            )
+            for where, store in stores.items()
+            for block, fetch in BLOCKS
+        ]  # fmt: skip
+        with Worker(self.commands["scDataset"]) as worker:
+            return min(trials, key=lambda trial: self._time(trial, worker))
+
     def _try(
         self, worker: Worker, who: str, batch_size: int, chunk_size: int, preload_nchunks: int
     ) -> tuple[float, int, int, Contender]:
@@ -307,11 +331,15 @@ class Bench:
             "preload_nchunks": preload_nchunks,
         }  # fmt: skip
         trial = Contender(f"{who}, {preload_nchunks} x {chunk_size}", "annbatch", "annbatch", setting)
-        warm(self.stores[who])
+        return self._time(trial, worker), chunk_size, preload_nchunks, trial
+
+    def _time(self, trial: Contender, worker: Worker) -> float:
+        warm(Path(trial.setting["store"]))
         # Of the last two: the first opens the store.
         seconds = min([self._epoch(trial, worker)["seconds"] for _ in range(3)][1:])
-        print(f"  {batch_size}: {trial.name}: {self.n_obs / seconds:,.0f} cells/s", flush=True)
-        return seconds, chunk_size, preload_nchunks, trial
+        name = f"{trial.setting['batch_size']}: {trial.name}"
+        print(f"  {name}: {self.n_obs / seconds:,.0f} cells/s", flush=True)
+        return seconds
 
     def _epoch(self, contender: Contender, worker: Worker) -> dict[str, float]:
         found = worker.ask("epoch", who=contender.who, setting=contender.setting)
@@ -361,6 +389,7 @@ def main() -> None:
     add("--folder", type=Path, help="with the stores of benchmarks.scale.conversion")
     add("--peer-python", help="Python of benchmarks/peers/annbatch_env.sh; without it, no annbatch")
     add("--scvi-python", help="Python of benchmarks/peers/scvi_tools_env.sh; without it, no scvi-tools")
+    add("--scdataset-python", help="Python of benchmarks/peers/scdataset_env.sh; without it, no scDataset")
     add("--cells", type=int, default=100_000)
     add("--batch-size", type=int, nargs="+", default=BATCH_SIZES)
     add("--repeats", type=int, default=3,
@@ -386,6 +415,8 @@ def main() -> None:
         commands["annbatch"] = [options.peer_python, *QUIET, "benchmarks.peers.annbatch_side"]
     if options.scvi_python:
         commands["scvi-tools"] = [options.scvi_python, *QUIET, "benchmarks.peers.scvi_tools_loader"]
+    if options.scdataset_python:
+        commands["scDataset"] = [options.scdataset_python, *QUIET, "benchmarks.peers.scdataset_side"]
     grid = (tuple(options.peer_setting),) if options.peer_setting else GRID
     bench = Bench(
         options.folder, options.cells, commands, options.repeats, not options.no_cold, grid, options.runs
@@ -406,6 +437,7 @@ def _peers(commands: dict[str, list[str]]) -> dict[str, str]:
     packages = {
         "annbatch": ["annbatch", "anndata", "zarr", "zarrs", "scipy"],
         "scvi-tools": ["scvi-tools", "torch"],
+        "scDataset": ["scDataset", "anndata", "zarr", "zarrs", "torch"],
     }
     about = {}
     for side in packages.keys() & commands.keys():
