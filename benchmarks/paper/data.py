@@ -127,6 +127,8 @@ MANY_CELLS = {
 }
 # The demo's atlas, with fewer cells.
 DEMO = {"n_obs": 5_000, "n_vars": 2_000, "doublet_rate": 0.0, "empty_rate": 0.0, "seed": 0}
+# The demo's atlas as `atlasvi demo` makes it.
+WHOLE_DEMO = {"n_obs": 50_000, "n_vars": 2_000, "seed": 0}
 # What the tests run.
 LITTLE = {**DEMO, "n_obs": 600, "n_vars": 100, "n_types": 4, "counts_per_cell": 200.0}
 _T = dict.fromkeys(("memoryt", "regulatoryt", "thelper", "cytotoxict", "naivet", "naivecytotoxic"), "T")
@@ -157,6 +159,7 @@ SETS = {
         DataSet("zeisel_ERCC", "cell_type"),
         DataSet("hashing_celllines_doublets", "cell_type"),
         DataSet("demo", "cell_type", "batch", coarser=_LINEAGES, simulation=DEMO),
+        DataSet("whole_demo", "cell_type", "batch", coarser=_LINEAGES, simulation=WHOLE_DEMO),
         DataSet("little", "cell_type", "batch", coarser=_LINEAGES, simulation=LITTLE),
         *(
             DataSet(f"simulated_{n}k", "cell_type", "batch", simulation=MANY_CELLS, n_train=1_000 * n)

@@ -68,6 +68,7 @@ def main() -> None:
         "scvi-tools": (options.peer_python, options.peer_seeds),
     }
     for name in options.data:
+        SETS[name].prepare(options.out)
         for seed in range(max(options.seeds, options.peer_seeds)):
             for side, (python, n_seeds) in sides.items():
                 if seed < n_seeds and not _curve(options, side, name, seed).exists():
