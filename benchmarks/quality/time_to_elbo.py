@@ -123,8 +123,11 @@ def _ari(latent: np.ndarray, labels: Any) -> float:
 
 def _ours(data_set: DataSet, seed: int) -> dict[str, Any]:
     import atlasvi
+    from atlasvi.models import base
 
     adata, _, held_out = _cells(data_set)
+    # Looks are at all of them, as on the other side: means over some of them are other means.
+    base.MOST_LOOKED_AT = len(held_out)
     # Kernels are compiled, or read from their cache, before time is taken.
     for n in (1, 2):
         atlasvi.SCVI.setup_anndata(adata, batch_key="batch" if "batch" in adata.obs else None, gene_mask=None)
@@ -132,6 +135,7 @@ def _ours(data_set: DataSet, seed: int) -> dict[str, Any]:
         model.train(None if n == 2 else 1, enable_progress_bar=False)
     assert np.array_equal(model.validation_indices, held_out)
     looks = model.validation_history
+    assert np.isclose(looks["elbo_validation"].min(), -model.get_elbo(indices=held_out), rtol=2e-3)
     return {
         "elbo": looks["elbo_validation"].tolist(), "seconds": looks["seconds"].tolist(),
         "ari": _ari(model.get_latent_representation(), adata.obs["label"]),
