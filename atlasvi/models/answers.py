@@ -786,7 +786,8 @@ class Answers(Model[Config, Module]):
         """Log p(x) in nats a cell, by importance sampling from q(z, l | x); the ELBO is below it.
 
         ``log 1/S sum_s p(x, z_s, l_s) / q(z_s, l_s | x)``, which comes near from below as S grows (Burda et
-        al. 2016). Streamed; a draw depends on (seed, cell, sample) alone.
+        al. 2016). Streamed; a draw depends on (seed, cell, sample) alone. Of `PPCA` and `FactorAnalysis` it
+        is known: nothing is drawn, and it is `get_elbo`.
 
         Args:
             adata: other data; that of the model when ``None``.
@@ -807,6 +808,8 @@ class Answers(Model[Config, Module]):
         refuse("get_marginal_ll", unsupported)
         n_mc_samples, seed = at_least_one("n_mc_samples", n_mc_samples), checked_seed(seed)
         self._must_be_trained()
+        if self._bound_is_exact:
+            return self.get_elbo(adata, indices, batch_size, return_mean, seed=seed)
         if not has_marginal(self.module):
             raise OptionError(
                 f"{type(self).__name__} has no get_marginal_ll: draws of z are weighed by the density of "

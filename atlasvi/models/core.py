@@ -52,6 +52,8 @@ class Model(Generic[Config, Module]):
     module_type: ClassVar[type]
     needs_many_cells: ClassVar[bool] = True
     loss_name: ClassVar[str] = "-ELBO"
+    # Whether what `get_elbo` gives is log p(x) itself.
+    _bound_is_exact: ClassVar[bool] = False
 
     atlas: Atlas | None
     fields: FieldMap

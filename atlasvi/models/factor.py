@@ -30,7 +30,7 @@ import abc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -378,6 +378,7 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
     module_type = FactorModule
     needs_many_cells: ClassVar[bool] = False
     loss_name = "-log-likelihood"
+    _bound_is_exact = True
 
     def train(  # type: ignore[override]
         self,
@@ -485,35 +486,6 @@ class FactorModel(CountModel[FactorConfig, Any], abc.ABC):
             raise NotTrainedError(f"this {type(self).__name__} is not trained; call train() first")
         weight: Matrix = self.module.weight.numpy()
         return weight
-
-    def get_marginal_ll(
-        self,
-        adata: Data | None = None,
-        indices: Sequence[int] | None = None,
-        n_mc_samples: int = 1,
-        batch_size: int | None = None,
-        return_mean: bool = True,
-        *,
-        seed: int = 0,
-        **unsupported: object,
-    ) -> Any:
-        """Log p(x) in nats a cell. It is known here, and is `get_elbo`: nothing is drawn.
-
-        Args:
-            adata: other data; that of the model when ``None``.
-            indices: positions of the cells.
-            n_mc_samples: changes nothing.
-            batch_size: cells at a time; does not change the result.
-            return_mean: the mean over cells, or a value for each, ``(n,)`` float64.
-            seed: changes nothing.
-            **unsupported: refused by name.
-
-        Raises:
-            OptionError: PCA, which has no likelihood, or counts divided by their total, which have none.
-        """
-        refuse("get_marginal_ll", unsupported)
-        at_least_one("n_mc_samples", n_mc_samples)
-        return self.get_elbo(adata, indices, batch_size, return_mean, seed=seed)
 
     def get_loadings(self) -> pd.DataFrame:
         """Genes x ``n_latent``: W, or the eigenvectors of `PCA`.

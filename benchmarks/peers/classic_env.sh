@@ -5,17 +5,8 @@
 #   benchmarks/peers/classic_env.sh DIR
 #
 # Then DIR/bin/python is the peers' Python. PYTHON names the interpreter to start from (python3.11).
-set -euo pipefail
-
-if [ "$#" -ne 1 ]; then
-  echo "usage: $0 DIR  (the environment to make, for example .peers/classic)" >&2
-  exit 2
-fi
-dir=$1
-python=${PYTHON:-python3.11}
-
-"$python" -m venv "$dir"
-"$dir/bin/python" -m pip install --quiet --upgrade pip
+python=python3.11
+. "$(dirname "$0")/env.sh"
 "$dir/bin/python" -m pip install --quiet \
   "scanpy==1.11.5" "harmonypy==2.1.0" "magic-impute==3.0.0" "pydeseq2==0.5.4" "scib-metrics==0.5.10" "scrublet==0.2.3"
 "$dir/bin/python" -c 'from importlib import metadata as m; print("scanpy", m.version("scanpy"), "harmonypy", m.version("harmonypy"))'

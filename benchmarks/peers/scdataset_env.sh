@@ -4,17 +4,8 @@
 #   benchmarks/peers/scdataset_env.sh DIR
 #
 # Then DIR/bin/python is the peer's Python. PYTHON names the interpreter to start from (python3.11).
-set -euo pipefail
-
-if [ "$#" -ne 1 ]; then
-  echo "usage: $0 DIR  (the environment to make, for example .peers/scdataset)" >&2
-  exit 2
-fi
-dir=$1
-python=${PYTHON:-python3.11}
-
-"$python" -m venv "$dir"
-"$dir/bin/python" -m pip install --quiet --upgrade pip
+python=python3.11
+. "$(dirname "$0")/env.sh"
 # torch first and alone, the version that the other peers have.
 "$dir/bin/python" -m pip install --quiet "torch==2.13.0"
 "$dir/bin/python" -m pip install --quiet "scDataset==0.3.0" "anndata==0.12.19" "zarr==3.1.6" "zarrs==0.2.3"

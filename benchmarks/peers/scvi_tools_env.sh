@@ -4,17 +4,8 @@
 #   benchmarks/peers/scvi_tools_env.sh DIR
 #
 # Then DIR/bin/python is the peer's Python. PYTHON names the interpreter to start from (python3.11).
-set -euo pipefail
-
-if [ "$#" -ne 1 ]; then
-  echo "usage: $0 DIR  (the environment to make, for example .peers/scvi-tools)" >&2
-  exit 2
-fi
-dir=$1
-python=${PYTHON:-python3.11}
-
-"$python" -m venv "$dir"
-"$dir/bin/python" -m pip install --quiet --upgrade pip
+python=python3.11
+. "$(dirname "$0")/env.sh"
 # torch first and alone: scvi-tools asks for no version, and both libraries are to run on the same one.
 "$dir/bin/python" -m pip install --quiet "torch==2.13.0"
 "$dir/bin/python" -m pip install --quiet "scvi-tools==1.4.2"
